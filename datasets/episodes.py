@@ -1,0 +1,233 @@
+"""Deterministic episodes: addressed, not drawn.
+
+Episode ``i`` of ``(dataset, split, ways, shots, test_shots, seed)`` is a pure function of those
+values. The tuple is hashed into the key of a counter-based generator (Philox4x64-10; Salmon et al.
+2011) and ``i`` is its counter, so any episode can be made directly, on its own, whatever the batch
+size, the device or the order in which episodes are asked for.
+
+Only the generator's raw 64-bit words are used, ranked or scaled here: NumPy keeps those fixed
+between versions, and does not promise as much for ``choice`` or ``permutation``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Batch = dict[str, tuple[Tensor, Tensor]]
+"""torchmeta's batch: ``{"train": (inputs, targets), "test": (inputs, targets)}``; ``train`` is the
+support set and ``test`` the query set, and every tensor's first dimension counts tasks."""
+
+Task = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``((x_support, y_support), (x_query, y_query))``, as tutorials write one task."""
+
+Words = npt.NDArray[np.uint64]
+
+
+class DatasetError(ValueError):
+    """What was asked of a dataset cannot be had; the message is one line and says what can."""
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """The shape of an episode, and the stream it comes from: with an index, its address."""
+
+    dataset: str
+    split: str
+    ways: int
+    shots: int
+    test_shots: int
+    seed: int
+    key: Words = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("ways", 1), ("shots", 1), ("test_shots", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise DatasetError(f"{name} is {value!r}; it must be an integer of at least {least}")
+        digest = hashlib.sha256(self.address.encode()).digest()
+        object.__setattr__(self, "key", np.frombuffer(digest[:16], dtype=np.uint64))
+
+    @property
+    def address(self) -> str:
+        """What decides every episode of the stream, as text."""
+        return (
+            f"{self.dataset}/{self.split}/ways={self.ways}/shots={self.shots}"
+            f"/test_shots={self.test_shots}/seed={self.seed}"
+        )
+
+    def words(self, index: int, count: int) -> Words:
+        """The first ``count`` random words of episode ``index``: uint64 ``(count,)``."""
+        # The index sits in the counter's third word, so that episodes cannot overlap: one would
+        # have to use 2**128 blocks to reach the next.
+        counter = np.array([0, 0, index, 0], dtype=np.uint64)
+        words: Words = np.random.Philox(key=self.key, counter=counter).random_raw(count)
+        return words
+
+
+class Source(ABC):
+    """One split of a dataset, held in memory on one device, from which episodes are made."""
+
+    sample_shape: tuple[int, ...]
+    """Shape of one input."""
+    outputs: int | None = None
+    """Size of a regression target; None for classification, where the ways decide."""
+
+    @abstractmethod
+    def check(self, spec: EpisodeSpec) -> None:
+        """Raise :class:`DatasetError` if this split cannot fill such an episode."""
+
+    @abstractmethod
+    def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
+        """The episodes of these indices as one batch."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Source:
+        """This source with its data on ``device``."""
+
+
+@dataclass(frozen=True)
+class ClassSource(Source):
+    """Samples indexed by class.
+
+    Args:
+        samples: uint8 ``(N, *sample_shape)``, the samples of a class side by side.
+        counts: samples in each class, in order; they sum to N.
+        classes: a name for each class.
+    """
+
+    samples: Tensor
+    counts: Sequence[int]
+    classes: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if sum(self.counts) != len(self.samples) or len(self.counts) != len(self.classes):
+            raise DatasetError(
+                f"{len(self.samples)} samples and {len(self.classes)} class names do not fit "
+                f"{len(self.counts)} classes of {sum(self.counts)} samples in all"
+            )
+        object.__setattr__(self, "sample_shape", tuple(self.samples.shape[1:]))
+        counts = np.asarray(self.counts, dtype=np.int64)
+        object.__setattr__(self, "_counts", counts)
+        object.__setattr__(self, "_starts", np.cumsum(counts) - counts)
+
+    def check(self, spec: EpisodeSpec) -> None:
+        where = f"{spec.dataset} has in its {spec.split} split"
+        if spec.ways > len(self.counts):
+            raise DatasetError(
+                f"{spec.ways} ways were asked for; {where} {len(self.counts)} classes"
+            )
+        needed, least = spec.shots + spec.test_shots, min(self.counts)
+        if needed > least:
+            raise DatasetError(
+                f"{spec.shots} shots and {spec.test_shots} test shots need {needed} samples a "
+                f"class; {where} a class with {least}"
+            )
+
+    def indices(self, spec: EpisodeSpec, index: int) -> tuple[npt.NDArray[np.int64], ...]:
+        """Which samples make up one episode: sample numbers ``(ways, shots + test_shots)`` and the
+        label of each row ``(ways,)``."""
+        counts: npt.NDArray[np.int64] = self._counts  # type: ignore[attr-defined]
+        starts: npt.NDArray[np.int64] = self._starts  # type: ignore[attr-defined]
+        width = int(counts.max())
+        words = spec.words(index, len(counts) + spec.ways + spec.ways * width)
+        classes = first_ranks(words[: len(counts)], spec.ways)
+        labels = np.argsort(words[len(counts) : len(counts) + spec.ways], kind="stable")
+        order = words[len(counts) + spec.ways :].reshape(spec.ways, width)
+        # A class with fewer samples than the largest ranks only as many words as it has samples.
+        order = np.where(np.arange(width) < counts[classes, None], order, np.iinfo(np.uint64).max)
+        chosen = np.argsort(order, axis=1, kind="stable")[:, : spec.shots + spec.test_shots]
+        return starts[classes, None] + chosen, labels
+
+    def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
+        drawn = [self.indices(spec, index) for index in indices]
+        device = self.samples.device
+        chosen = torch.from_numpy(np.stack([samples for samples, _ in drawn])).to(device)
+        labels = torch.from_numpy(np.stack([labels for _, labels in drawn])).to(device)
+        tasks = len(drawn)
+
+        def half(part: Tensor) -> tuple[Tensor, Tensor]:
+            inputs = self.samples[part.flatten()].to(torch.float32).div_(255)
+            targets = labels[:, :, None].expand(part.shape)
+            return inputs.view(tasks, -1, *self.sample_shape), targets.reshape(tasks, -1)
+
+        return {"train": half(chosen[..., : spec.shots]), "test": half(chosen[..., spec.shots :])}
+
+    def to(self, device: torch.device | str) -> ClassSource:
+        return ClassSource(self.samples.to(device), self.counts, self.classes)
+
+
+def first_ranks(words: Words, count: int) -> npt.NDArray[np.int64]:
+    """Positions of the ``count`` smallest words in ascending order: a random sample without
+    replacement. Partitioning first keeps it linear in the number of classes."""
+    smallest = np.argpartition(words, count - 1)[:count]
+    ranks: npt.NDArray[np.int64] = smallest[np.argsort(words[smallest], kind="stable")]
+    return ranks
+
+
+def uniform(words: Words) -> npt.NDArray[np.float64]:
+    """Random words as numbers in [0, 1), from their highest 53 bits."""
+    numbers: npt.NDArray[np.float64] = (words >> np.uint64(11)) * 2.0**-53
+    return numbers
+
+
+@dataclass(frozen=True)
+class EpisodeLoader:
+    """An endless stream of batches; ``loader[i]`` is batch ``i``, directly.
+
+    Batch ``i`` holds episodes ``i * batch_size`` to ``(i + 1) * batch_size - 1`` of the stream.
+    """
+
+    source: Source
+    spec: EpisodeSpec
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DatasetError(f"batch_size is {self.batch_size}; it must be at least 1")
+        self.source.check(self.spec)
+
+    def __getitem__(self, index: int) -> Batch:
+        if index < 0:
+            raise IndexError("an endless stream has no last batch to count from")
+        first = index * self.batch_size
+        return self.source.batch(self.spec, range(first, first + self.batch_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        index = 0
+        while True:
+            yield self[index]
+            index += 1
+
+
+def collate(tasks: Sequence[Task]) -> Batch:
+    """Stack tasks written as ``((x_support, y_support), (x_query, y_query))`` into a batch.
+
+    Args:
+        tasks: at least one task; all of the same shapes. Integer targets mean classification,
+            floating targets regression.
+
+    Raises:
+        DatasetError: no tasks, or tasks whose shapes differ.
+    """
+    if not tasks:
+        raise DatasetError("a batch needs at least one task")
+
+    def half(part: int) -> tuple[Tensor, Tensor]:
+        inputs = [torch.as_tensor(task[part][0]) for task in tasks]
+        targets = [torch.as_tensor(task[part][1]) for task in tasks]
+        for tensors in (inputs, targets):
+            shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+            if len(shapes) > 1:
+                raise DatasetError(f"tasks of one batch must have one shape, not {shapes}")
+        x, y = torch.stack(inputs), torch.stack(targets)
+        return x.to(torch.float32), y if y.is_floating_point() else y.to(torch.int64)
+
+    return {"train": half(0), "test": half(1)}
