@@ -1,0 +1,201 @@
+"""The inner loop: adapt parameters to the support sets of tasks by differentiable gradient steps.
+
+The one primitive that every gradient-based algorithm here is written over. Fast weights carry a
+leading dimension that counts tasks, so that an implementation may adapt one task at a time, as
+this one built on ``higher`` does, or many at once, and the algorithms read the same.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import higher
+import torch
+from torch import Tensor, nn
+
+from algorithms.losses import task_losses
+from algorithms.normalisation import EpisodicNorm
+
+Fast = dict[str, Tensor]
+"""Every parameter by its name in the model, ``(tasks, *shape)``: theta' of each task."""
+
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks to adapt to.
+
+    Attributes:
+        support_inputs: ``(tasks, n, *sample_shape)``.
+        support_targets: ``(tasks, n)`` or ``(tasks, n, out)``.
+        query_inputs: ``(tasks, m, *sample_shape)``.
+        query_targets: ``(tasks, m)`` or ``(tasks, m, out)``.
+        minibatches: int64 ``(tasks, steps, size)``, the support samples that each inner step uses;
+            None uses all of them in every step.
+    """
+
+    support_inputs: Tensor
+    support_targets: Tensor
+    query_inputs: Tensor
+    query_targets: Tensor
+    minibatches: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Sequence[Tensor]], like: Tensor) -> Tasks:
+        """A torchmeta batch's tasks, on the device and in the dtype of ``like``."""
+
+        def half(name: str) -> tuple[Tensor, Tensor]:
+            inputs, targets = batch[name]
+            dtype = like.dtype if targets.is_floating_point() else torch.int64
+            return inputs.to(like), targets.to(like.device, dtype)
+
+        return cls(*half("train"), *half("test"))
+
+    def __len__(self) -> int:
+        return len(self.support_inputs)
+
+    def split(self, size: int) -> Iterator[Tasks]:
+        """These tasks, ``size`` at a time."""
+        for first in range(0, len(self), size):
+            part = slice(first, first + size)
+            yield Tasks(
+                self.support_inputs[part],
+                self.support_targets[part],
+                self.query_inputs[part],
+                self.query_targets[part],
+                None if self.minibatches is None else self.minibatches[part],
+            )
+
+
+class InnerLoop(ABC):
+    """Adapts tasks, and scores what came of it.
+
+    Args:
+        model: the network whose parameters adapt; its structure is left as it is.
+        adapted: names of the parameters that the inner loop changes.
+        lr: step size alpha.
+        optimizer: ``"sgd"``, or ``"adam"`` with beta1 = 0 as in Nichol et al. 2018 (Reptile); its
+            moments start at zero in every task.
+        clip: bound on each element of the inner gradient, or None.
+        norm: a mode of :mod:`algorithms.normalisation`.
+    """
+
+    tasks_per_pass: int
+    """How many tasks one call of :meth:`trajectory` is given."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapted: Sequence[str],
+        *,
+        lr: float,
+        optimizer: str = "sgd",
+        clip: float | None = None,
+        norm: str = "transductive",
+    ) -> None:
+        self.adapted = list(adapted)
+        self.lr = lr
+        self.optimizer = optimizer
+        self.clip = clip
+        self.norm = EpisodicNorm(model, norm)
+        self.parameters: dict[str, Tensor] = dict(self.norm.model.named_parameters())
+
+    @abstractmethod
+    def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
+        """The fast weights after 0, 1, ... ``steps`` gradient steps on the support sets.
+
+        Args:
+            tasks: at most :attr:`tasks_per_pass` of them.
+            steps: how many steps, at least 0.
+            create_graph: keep the graph, so that a gradient reaches the model's parameters through
+                the steps (second order). Without it the fast weights of each step are leaves.
+        """
+
+    @abstractmethod
+    def query(self, fast: Fast, tasks: Tasks) -> Tensor:
+        """Outputs for the query sets ``(tasks, m, out)`` at these fast weights."""
+
+    @abstractmethod
+    def train(self, training: bool) -> None:
+        """Begin a meta-step (True) or an evaluation (False)."""
+
+
+class HigherInnerLoop(InnerLoop):
+    """The reference: one task after another, differentiated by ``higher``.
+
+    The model is made functional once, not once a task, and is handed its parameters at each call,
+    so that no module outlives a task with that task's graph in it: that is what leaks when
+    ``higher.innerloop_ctx`` is used in a long training.
+    """
+
+    tasks_per_pass = 1
+
+    def __init__(self, model: nn.Module, adapted: Sequence[str], **settings: Any) -> None:
+        super().__init__(model, adapted, **settings)
+        self._functional = higher.monkeypatch(
+            self.norm.model, copy_initial_weights=False, track_higher_grads=False
+        )
+        self._idle = [parameter.detach() for parameter in self.parameters.values()]
+        self._functional.update_params(self._idle)
+
+    def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
+        if create_graph:
+            fast = {name: value[None] for name, value in self.parameters.items()}
+        else:
+            fast = {
+                name: value.detach()[None].requires_grad_(value.requires_grad)
+                for name, value in self.parameters.items()
+            }
+        optimizer = self._optimizer(create_graph)
+        yield fast
+        for step in range(steps):
+            inputs, targets = tasks.support_inputs[0], tasks.support_targets
+            if tasks.minibatches is not None:
+                chosen = tasks.minibatches[0, step]
+                inputs, targets = inputs[chosen], targets[:, chosen]
+            outputs = self.norm.support(partial(self._forward, fast), inputs)
+            loss = task_losses(outputs[None], targets).sum()
+            stepped = optimizer.step(loss, params=[fast[name] for name in self.adapted])
+            fast = fast | dict(zip(self.adapted, stepped, strict=True))
+            yield fast
+
+    def query(self, fast: Fast, tasks: Tasks) -> Tensor:
+        support, query = tasks.support_inputs[0], tasks.query_inputs[0]
+        return self.norm.query(partial(self._forward, fast), support, query)[None]
+
+    def train(self, training: bool) -> None:
+        self._functional.train(training)
+        self.norm.start(training)
+
+    def _forward(self, fast: Fast, inputs: Tensor) -> Tensor:
+        try:
+            outputs: Tensor = self._functional(inputs, params=[v[0] for v in fast.values()])
+        finally:
+            self._functional.update_params(self._idle)
+        return outputs
+
+    def _optimizer(self, create_graph: bool) -> higher.optim.DifferentiableOptimizer:
+        # The optimizer is told apart from the weights it will step: it only needs to know how many
+        # there are, and deep-copies what it is given.
+        stand_ins = [nn.Parameter(torch.empty(0)) for _ in self.adapted]
+        prototype: torch.optim.Optimizer
+        if self.optimizer == "adam":
+            prototype = torch.optim.Adam(stand_ins, lr=self.lr, betas=(0.0, 0.999))
+        else:
+            prototype = torch.optim.SGD(stand_ins, lr=self.lr)
+        return higher.optim.get_diff_optim(
+            prototype,
+            stand_ins,
+            grad_callback=self._clipped if self.clip is not None else None,
+            track_higher_grads=create_graph,
+        )
+
+    def _clipped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        bound = self.clip
+        assert bound is not None
+        return [None if g is None else g.clamp(-bound, bound) for g in gradients]

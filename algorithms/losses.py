@@ -1,0 +1,29 @@
+"""What a task is scored by: the targets decide."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def task_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of each task: cross-entropy for integer targets, squared error for floating ones.
+
+    Args:
+        outputs: ``(tasks, n, classes)``, or ``(tasks, n, out)`` for regression.
+        targets: int64 ``(tasks, n)``, or floating ``(tasks, n, out)``.
+
+    Returns:
+        ``(tasks,)``.
+    """
+    if targets.is_floating_point():
+        return F.mse_loss(outputs, targets, reduction="none").flatten(1).mean(1)
+    losses = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(1)
+
+
+def task_metrics(outputs: Tensor, targets: Tensor) -> Tensor:
+    """What results quote for each task: accuracy in [0, 1], or mean squared error; ``(tasks,)``."""
+    if targets.is_floating_point():
+        return task_losses(outputs, targets)
+    return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(1)

@@ -1,0 +1,182 @@
+"""Batch normalisation in an episode: whose statistics normalise a query sample.
+
+The four modes and their names are those of Bronskill et al. 2020 (TaskNorm, section 3), who show
+that the choice moves accuracy by more than most algorithms do:
+
+- ``transductive``: the statistics of the batch in hand, so a query sample's prediction depends on
+  the other query samples. What the MAML paper's code does.
+- ``support``: the support set's statistics, for the query set too.
+- ``single``: each query sample together with the support set alone, one query at a time. Reptile's
+  "non-transductive" evaluation.
+- ``running``: averages gathered in meta-training, as ``nn.BatchNorm`` does in evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+MODES = ("transductive", "support", "single", "running")
+
+
+class Statistics:
+    """Which samples of a forward pass the batch-norm layers of one model take statistics from.
+
+    The layers hold it by reference, so that setting it here reaches all of them.
+
+    Attributes:
+        groups: how many independent groups the batch is made of, side by side.
+        counted: how many samples of each group, from its first, are counted; None counts all.
+        running: normalise by the running averages instead.
+        gather: note each layer's batch statistics, for the running averages.
+    """
+
+    def __init__(self) -> None:
+        self.groups = 1
+        self.counted: int | None = None
+        self.running = False
+        self.gather = False
+
+
+class EpisodicBatchNorm(nn.Module):
+    """Stands in for a ``nn.BatchNorm`` layer, with its parameters and its running averages."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: _BatchNorm, statistics: Statistics) -> None:
+        super().__init__()
+        self.register_parameter("weight", layer.weight)
+        self.register_parameter("bias", layer.bias)
+        self.eps = layer.eps
+        self.statistics = statistics
+        self.averages = RunningAverages(layer)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise ``(groups * n, channels, *spatial)``."""
+        given = self.statistics
+        if given.running:
+            mean, var = self.averages.mean, self.averages.var
+            return F.batch_norm(inputs, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if given.gather:
+            self.averages.note(inputs.detach())
+        if given.groups == 1 and given.counted is None:
+            return F.batch_norm(inputs, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        grouped = inputs.view(given.groups, -1, *inputs.shape[1:])
+        counted = grouped[:, : given.counted]
+        samples_and_space = (1, *range(3, grouped.dim()))
+        var, mean = torch.var_mean(counted, samples_and_space, correction=0, keepdim=True)
+        outputs = ((grouped - mean) * torch.rsqrt(var + self.eps)).view_as(inputs)
+        channels = (1, -1, *(1,) * (inputs.dim() - 2))
+        if self.weight is not None:
+            outputs = outputs * self.weight.view(channels)
+        if self.bias is not None:
+            outputs = outputs + self.bias.view(channels)
+        return outputs
+
+
+class RunningAverages:
+    """A layer's running mean and variance, moved once a meta-step.
+
+    All forward passes of a meta-step count alike, whatever order its tasks are taken in, and the
+    averages move by their mean. Not a module, so that copies of a layer share it.
+    """
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self.mean: Tensor | None = layer.running_mean
+        self.var: Tensor | None = layer.running_var
+        self.batches: Tensor | None = layer.num_batches_tracked
+        self.momentum = layer.momentum
+        self.noted: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, inputs: Tensor) -> None:
+        """Keep the mean and the unbiased variance of a batch until :meth:`move`."""
+        dims = (0, *range(2, inputs.dim()))
+        var, mean = torch.var_mean(inputs, dims, correction=1)
+        self.noted.append((mean, var))
+
+    def move(self) -> None:
+        """Move the averages, in place, towards what was noted."""
+        if not self.noted or self.mean is None or self.var is None or self.batches is None:
+            return
+        mean, var = (torch.stack(values).mean(0) for values in zip(*self.noted, strict=True))
+        self.noted.clear()
+        self.batches += 1
+        weight = 1 / self.batches.item() if self.momentum is None else self.momentum
+        self.mean.lerp_(mean, weight)
+        self.var.lerp_(var, weight)
+
+
+class EpisodicNorm:
+    """One model's batch normalisation in one mode.
+
+    Args:
+        model: any module; it is left as it is.
+        mode: one of :data:`MODES`.
+
+    Attributes:
+        model: a copy of the module's structure over the same parameters and buffers, with its
+            batch-norm layers replaced.
+
+    Raises:
+        ValueError: an unknown mode, or ``running`` where a layer keeps no running averages.
+    """
+
+    def __init__(self, model: nn.Module, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"norm is {mode!r}; it must be one of {', '.join(MODES)}")
+        self.mode = mode
+        self.statistics = Statistics()
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.model = self._replace(copy.deepcopy(model, shared))
+        self.layers = [m for m in self.model.modules() if isinstance(m, EpisodicBatchNorm)]
+        if mode == "running" and any(layer.averages.mean is None for layer in self.layers):
+            raise ValueError("norm 'running' needs batch norm with track_running_stats=True")
+
+    def _replace(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, _BatchNorm):
+            return EpisodicBatchNorm(module, self.statistics)
+        replaced: dict[int, nn.Module] = {}
+        for name, child in module._modules.items():
+            if child is not None:
+                if id(child) not in replaced:
+                    replaced[id(child)] = self._replace(child)
+                module._modules[name] = replaced[id(child)]
+        return module
+
+    def start(self, training: bool) -> None:
+        """Begin a meta-step (``training``) or an evaluation."""
+        self.statistics.running = self.mode == "running" and not training
+        self.statistics.gather = self.mode == "running" and training
+
+    def finish(self) -> None:
+        """End a meta-step: move the running averages where they are what the mode uses."""
+        for layer in self.layers:
+            layer.averages.move()
+
+    def support(self, forward: Callable[[Tensor], Tensor], support: Tensor) -> Tensor:
+        """Outputs ``(n, out)`` for support samples ``(n, *sample_shape)``."""
+        self._count(groups=1, counted=None)
+        return forward(support)
+
+    def query(self, forward: Callable[[Tensor], Tensor], support: Tensor, query: Tensor) -> Tensor:
+        """Outputs ``(queries, out)`` for one task's query samples, normalised as the mode says."""
+        shots, queries = len(support), len(query)
+        if self.mode in ("transductive", "running") or not self.layers:
+            self._count(groups=1, counted=None)
+            return forward(query)
+        if self.mode == "support":
+            self._count(groups=1, counted=shots)
+            return forward(torch.cat([support, query]))[shots:]
+        self._count(groups=queries, counted=None)
+        beside = support.expand(queries, *support.shape)
+        outputs = forward(torch.cat([beside, query[:, None]], dim=1).flatten(0, 1))
+        return outputs.view(queries, shots + 1, -1)[:, -1]
+
+    def _count(self, groups: int, counted: int | None) -> None:
+        self.statistics.groups, self.statistics.counted = groups, counted

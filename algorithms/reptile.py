@@ -1,0 +1,46 @@
+"""Reptile: Nichol, Achiam and Schulman 2018, On First-Order Meta-Learning Algorithms
+(arXiv 1803.02999)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from algorithms.base import Algorithm, register
+from algorithms.inner_loop import Tasks
+
+
+@register("reptile")
+class Reptile(Algorithm):
+    """Move the initialisation towards the parameters that each task ends at.
+
+    With theta_i the parameters after k inner steps on task i (algorithm 1), the meta-gradient is
+    theta - mean(theta_i), so an outer SGD step of size epsilon is theta + epsilon (mean(theta_i) -
+    theta). The inner steps use the support set alone; the query set only scores the result.
+    """
+
+    summary = "move towards the adapted parameters (Nichol et al. 2018)"
+    defaults = {
+        "*": {
+            "meta_optimizer": "sgd",
+            "meta_lr": 1.0,
+            "meta_schedule": "linear",
+            "train_shots": 10,
+            "inner_optimizer": "adam",
+            "inner_lr": 0.001,
+            "inner_batch": 10,
+            "inner_steps": 5,
+            "eval_steps": 50,
+            "eval_batch": 5,
+        },
+        "sinusoid": {"inner_optimizer": "sgd", "inner_lr": 0.02, "inner_batch": None},
+    }
+
+    def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:
+        fast = self.adapt(tasks, create_graph=False)
+        with torch.no_grad():
+            outputs, _ = self.query_losses(fast, tasks)
+            moved = [(theta - fast[name]).sum(0) for name, theta in self.meta_parameters.items()]
+        return outputs, moved
