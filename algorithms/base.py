@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from algorithms.batched import BatchedInnerLoop, Unsupported
 from algorithms.inner_loop import OPTIMIZERS, Fast, HigherInnerLoop, InnerLoop, Tasks
 from algorithms.losses import task_losses, task_metrics
 from algorithms.normalisation import MODES
@@ -22,7 +23,7 @@ from algorithms.normalisation import MODES
 Batch = Mapping[str, Sequence[Tensor]]
 """``{"train": (inputs, targets), "test": (inputs, targets)}``, torchmeta's batch."""
 
-ENGINES = ("auto", "higher")
+ENGINES = ("auto", "higher", "batched")
 
 
 class AlgorithmError(ValueError):
@@ -55,7 +56,12 @@ class Algorithm(ABC):
             support set as Reptile does; None uses the whole set.
         eval_batch: the same for evaluation.
         norm: whose statistics batch normalisation uses; see :mod:`algorithms.normalisation`.
-        engine: ``"higher"``, or ``"auto"`` for the best that supports the model.
+        engine: ``"batched"`` adapts all tasks at once, ``"higher"`` one after another; ``"auto"``
+            is batched where the model can be, else higher.
+
+    Attributes:
+        engine: the engine that runs, ``"batched"`` or ``"higher"``.
+        engine_reason: why ``"auto"`` came to ``"higher"``, in one line; else empty.
 
     Raises:
         AlgorithmError: a hyperparameter out of its range, or a model without parameters.
@@ -95,18 +101,31 @@ class Algorithm(ABC):
         }
         if not self.meta_parameters:
             raise AlgorithmError("the model has no parameters that require a gradient")
+        self._inner_settings = {
+            "lr": inner_lr,
+            "optimizer": inner_optimizer,
+            "clip": inner_clip,
+            "norm": norm,
+        }
+        self._asked_engine = engine
+        self.engine_reason = ""
         try:
-            self.inner_loop: InnerLoop = HigherInnerLoop(
-                model,
-                self.adapted(),
-                lr=inner_lr,
-                optimizer=inner_optimizer,
-                clip=inner_clip,
-                norm=norm,
-            )
+            self._run_on("batched" if engine == "auto" else engine)
+        except Unsupported as objection:
+            self._yield_to_higher(str(objection))
         except ValueError as error:
             raise AlgorithmError(str(error)) from error
-        self.engine = "higher"
+
+    def _run_on(self, engine: str) -> None:
+        loop = BatchedInnerLoop if engine == "batched" else HigherInnerLoop
+        self.inner_loop: InnerLoop = loop(self.model, self.adapted(), **self._inner_settings)
+        self.engine = engine
+
+    def _yield_to_higher(self, reason: str) -> None:
+        if self._asked_engine != "auto":
+            raise AlgorithmError(f"{reason}; engine 'higher' can run it")
+        self._run_on("higher")
+        self.engine_reason = reason
 
     # What an algorithm says of itself.
 
@@ -202,6 +221,9 @@ class Algorithm(ABC):
         self, batch: Batch, size: int | None, steps: int, generator: torch.Generator | None = None
     ) -> Tasks:
         tasks = Tasks.of(batch, like=next(iter(self.meta_parameters.values())))
+        objection = self.inner_loop.objection(tasks)
+        if objection is not None:
+            self._yield_to_higher(objection)
         support = tasks.support_inputs.shape[1]
         if size is None or size >= support:
             return tasks

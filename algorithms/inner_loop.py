@@ -124,6 +124,10 @@ class InnerLoop(ABC):
     def train(self, training: bool) -> None:
         """Begin a meta-step (True) or an evaluation (False)."""
 
+    def objection(self, tasks: Tasks) -> str | None:
+        """Why this engine cannot adapt its model to such tasks, in one line; None where it can."""
+        return None
+
 
 class HigherInnerLoop(InnerLoop):
     """The reference: one task after another, differentiated by ``higher``.

@@ -1,0 +1,344 @@
+"""Layers over many tasks at once: every task's samples in one batch, each task with its weights.
+
+A layer here receives the samples of ``T`` tasks side by side, ``(T * n, ...)``, as its original
+would receive those of one, and takes its weights, ``(T, *shape)``, from the :class:`TaskWeights`
+that all layers of a model share. Everything between the layers, a model's own ``forward``
+included, acts on each sample alone and needs no change.
+
+Convolutions are matrix products over patches, in channels-last memory: ``torch`` has no
+convolution with a weight a task that is fast to differentiate twice, and a patch row of
+neighbouring channels is cheap to copy. Nothing uses ``torch.func.vmap``, whose rules for
+normalisation layers have wrong second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from algorithms.normalisation import EpisodicBatchNorm
+
+
+class TaskWeights:
+    """The weights that a model's layers use in a forward pass, held by reference by all of them.
+
+    Attributes:
+        fast: every parameter by its name in the model, ``(tasks, *shape)``.
+        tasks: how many tasks the batch is made of, side by side.
+        channels_last: convolutions may leave their outputs in channels-last memory.
+    """
+
+    def __init__(self) -> None:
+        self.fast: dict[str, Tensor] = {}
+        self.tasks = 1
+        self.channels_last = True
+
+
+class TaskLayer(nn.Module):
+    """Stands in for a layer with parameters.
+
+    Args:
+        layer: the original.
+        names: the names in the model of the layer's parameters, by attribute.
+        weights: where their values are.
+    """
+
+    def __init__(self, layer: nn.Module, names: dict[str, str], weights: TaskWeights) -> None:
+        super().__init__()
+        self.names = names
+        self.weights = weights
+
+    def value(self, attribute: str) -> Tensor | None:
+        """A parameter of every task, ``(tasks, *shape)``; None where the layer has none."""
+        return self.weights.fast[self.names[attribute]] if attribute in self.names else None
+
+    def affine(self, outputs: Tensor, channels: Callable[[Tensor], Tensor]) -> Tensor:
+        """Scale and shift; ``channels`` gives a parameter the shape that broadcasts."""
+        weight, bias = self.value("weight"), self.value("bias")
+        if weight is not None and bias is not None:
+            return torch.addcmul(channels(bias), outputs, channels(weight))
+        if weight is not None:
+            outputs = outputs * channels(weight)
+        return outputs if bias is None else outputs + channels(bias)
+
+
+class TaskLinear(TaskLayer):
+    """``nn.Linear``."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.reshape(self.weights.tasks, -1, inputs.shape[-1])
+        weight = self.value("weight")
+        assert weight is not None
+        outputs = products(rows, weight, self.value("bias"))
+        return outputs.view(*inputs.shape[:-1], -1)
+
+
+class TaskConv(TaskLayer):
+    """``nn.Conv2d``, and ``nn.Conv1d`` as images of height 1."""
+
+    def __init__(
+        self, layer: nn.Conv1d | nn.Conv2d, names: dict[str, str], weights: TaskWeights
+    ) -> None:
+        super().__init__(layer, names, weights)
+        self.flat = isinstance(layer, nn.Conv1d)
+        # The padding that "same" asks for may differ on the two sides of a dimension.
+        before = layer._reversed_padding_repeated_twice[-2::-2]
+        after = layer._reversed_padding_repeated_twice[-1::-2]
+
+        def both(values: Any, missing: int) -> tuple[int, int]:
+            height_and_width = (missing, *values) if self.flat else tuple(values)
+            return (int(height_and_width[0]), int(height_and_width[1]))
+
+        self.window = Window(
+            kernel=both(layer.kernel_size, 1),
+            stride=both(layer.stride, 1),
+            dilation=both(layer.dilation, 1),
+            before=both(before, 0),
+            after=both(after, 0),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight = self.value("weight")
+        assert weight is not None
+        if self.flat:
+            inputs, weight = inputs.unsqueeze(-2), weight.unsqueeze(-2)
+        tasks = self.weights.tasks
+        patches: Tensor = Patches.apply(inputs.permute(0, 2, 3, 1), self.window)
+        samples, height, width = patches.shape[:3]
+        outputs = products(
+            patches.view(tasks, samples // tasks * height * width, -1),
+            weight.permute(0, 1, 3, 4, 2).reshape(tasks, weight.shape[1], -1),
+            self.value("bias"),
+        )
+        outputs = outputs.view(samples, height, width, -1).permute(0, 3, 1, 2)
+        if self.flat:
+            outputs = outputs.squeeze(-2)
+        return outputs if self.weights.channels_last else outputs.contiguous()
+
+
+class TaskBatchNorm(TaskLayer):
+    """:class:`EpisodicBatchNorm`, whose averages and choice of statistics it shares."""
+
+    def __init__(
+        self, layer: EpisodicBatchNorm, names: dict[str, str], weights: TaskWeights
+    ) -> None:
+        super().__init__(layer, names, weights)
+        self.eps = layer.eps
+        self.statistics = layer.statistics
+        self.averages = layer.averages
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        given, tasks = self.statistics, self.weights.tasks
+        rows = inputs.movedim(1, -1)
+        space = rows.shape[1:-1].numel()
+        grouped = rows.reshape(tasks * given.groups, -1, rows.shape[-1])
+        if given.running:
+            mean, var = self.averages.mean, self.averages.var
+            assert mean is not None and var is not None
+            normalised = (grouped - mean) * torch.rsqrt(var + self.eps)
+        elif given.counted is None:
+            if given.gather:
+                self._note(grouped.detach())
+            normalised, _ = Standardise.apply(grouped, self.eps)
+        else:
+            counted = grouped[:, : given.counted * space]
+            mean = counted.mean(1, keepdim=True)
+            var = (counted - mean).square().mean(1, keepdim=True)
+            normalised = (grouped - mean) * torch.rsqrt(var + self.eps)
+        outputs = self.affine(normalised.view(tasks, -1, rows.shape[-1]), lambda v: v[:, None])
+        return outputs.view(rows.shape).movedim(-1, 1)
+
+    def _note(self, rows: Tensor) -> None:
+        var, mean = torch.var_mean(rows, 1, correction=1)
+        self.averages.noted.extend(zip(mean, var, strict=True))
+
+
+class TaskLayerNorm(TaskLayer):
+    """``nn.LayerNorm``."""
+
+    def __init__(self, layer: nn.LayerNorm, names: dict[str, str], weights: TaskWeights) -> None:
+        super().__init__(layer, names, weights)
+        self.shape, self.eps = layer.normalized_shape, layer.eps
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        normalised = F.layer_norm(inputs, self.shape, eps=self.eps)
+        tasks = self.weights.tasks
+        rows = normalised.reshape(tasks, -1, *self.shape)
+        return self.affine(rows, lambda value: value[:, None]).view(inputs.shape)
+
+
+class TaskChannelNorm(TaskLayer):
+    """``nn.GroupNorm`` and ``nn.InstanceNorm``: a sample's own statistics, an affine a channel."""
+
+    def __init__(self, layer: nn.Module, names: dict[str, str], weights: TaskWeights) -> None:
+        super().__init__(layer, names, weights)
+        self.groups: int | None = layer.num_groups if isinstance(layer, nn.GroupNorm) else None
+        self.eps = float(layer.eps)  # type: ignore[arg-type]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.groups is None:
+            normalised = F.instance_norm(inputs, eps=self.eps)
+        else:
+            normalised = F.group_norm(inputs, self.groups, eps=self.eps)
+        by_task = normalised.unflatten(0, (self.weights.tasks, -1))
+        space = (1,) * (inputs.dim() - 2)
+        return self.affine(by_task, lambda v: v.view(len(v), 1, -1, *space)).flatten(0, 1)
+
+
+class TaskEmbedding(TaskLayer):
+    """``nn.Embedding``."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight = self.value("weight")
+        assert weight is not None
+        tasks, rows = weight.shape[:2]
+        first = torch.arange(0, tasks * rows, rows, device=inputs.device)
+        indices = inputs.view(tasks, -1) + first[:, None]
+        return F.embedding(indices, weight.reshape(tasks * rows, -1)).view(*inputs.shape, -1)
+
+
+def products(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each task's rows ``(tasks, n, in)`` times its weight ``(tasks, out, in)``, plus its bias."""
+    if bias is None:
+        return torch.bmm(rows, weight.transpose(1, 2))
+    return torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
+
+
+class Window(NamedTuple):
+    """A convolution's window: height, then width."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+    def places(self, dim: int, length: int) -> int:
+        """How many places the window has along a dimension of this length."""
+        padded = length + self.before[dim] + self.after[dim]
+        return (padded - self.dilation[dim] * (self.kernel[dim] - 1) - 1) // self.stride[dim] + 1
+
+    def taps(self, dim: int, length: int) -> list[tuple[slice, slice]]:
+        """For each of the kernel's taps: the places at which it lies within a dimension of this
+        length, and the pixels it then touches."""
+        places, stride, taps = self.places(dim, length), self.stride[dim], []
+        for tap in range(self.kernel[dim]):
+            offset = tap * self.dilation[dim] - self.before[dim]
+            first = max(0, -(offset // stride))
+            last = max(first, min(places, -((offset - length) // stride)))
+            start = first * stride + offset
+            touched = slice(start, start + max(0, (last - first - 1) * stride + 1), stride)
+            if first == last:
+                touched = slice(0, 0)
+            taps.append((slice(first, last), touched))
+        return taps
+
+
+class Patches(torch.autograd.Function):
+    """The window's patches of images: ``(n, h, w, c)`` to ``(n, places, places, *kernel, c)``.
+
+    Linear, and so the derivative of its derivative.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, window: Window) -> Tensor:
+        ctx.window, ctx.size = window, images.shape[1:3]
+        (top, left), (bottom, right) = window.before, window.after
+        if top or left or bottom or right:
+            images = F.pad(images, (0, 0, left, right, top, bottom))
+        else:
+            images = images.contiguous()
+        n, height, width, channels = images.shape
+        unpadded = window._replace(before=(0, 0), after=(0, 0))
+        places = (unpadded.places(0, height), unpadded.places(1, width))
+        sample, row, column, _ = images.stride()
+        shape = (n, *places, *window.kernel, channels)
+        strides = (
+            sample,
+            row * window.stride[0],
+            column * window.stride[1],
+            row * window.dilation[0],
+            column * window.dilation[1],
+            1,
+        )
+        return images.as_strided(shape, strides).clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        images: Tensor = FromPatches.apply(gradient, ctx.window, ctx.size)
+        return images, None
+
+
+class FromPatches(torch.autograd.Function):
+    """The transpose of :class:`Patches`: each pixel the sum of the patch elements it is in."""
+
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+        ctx.window = window
+        images = patches.new_zeros(patches.shape[0], *size, patches.shape[-1])
+        for i, (rows, pixel_rows) in enumerate(window.taps(0, size[0])):
+            for j, (columns, pixel_columns) in enumerate(window.taps(1, size[1])):
+                images[:, pixel_rows, pixel_columns] += patches[:, rows, columns, i, j]
+        return images
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        patches: Tensor = Patches.apply(gradient, ctx.window)
+        return patches, None, None
+
+
+class Standardise(torch.autograd.Function):
+    """Rows ``(tasks, n, channels)`` less their mean over ``n``, over their standard deviation.
+
+    Also returns 1 over the standard deviation, ``(tasks, 1, channels)``. With y the result, r that
+    reciprocal, and means over n, the derivative is Ioffe and Szegedy's (2015, section 3):
+    dx = r (dy - mean dy - y mean(y dy)) - r^2 y dr / n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        centred = rows - rows.mean(1, keepdim=True)
+        scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
+        standard = centred.mul_(scale)
+        ctx.save_for_backward(standard, scale)
+        ctx.set_materialize_grads(False)
+        return standard, scale
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, scale_gradient: Tensor | None
+    ) -> tuple[Tensor | None, None]:
+        standard, scale = ctx.saved_tensors
+        rows: Tensor | None = None
+        if gradient is not None:
+            rows = StandardiseBackward.apply(gradient, standard, scale)
+        if scale_gradient is not None:
+            through_scale = standard * (scale * scale * scale_gradient / -standard.shape[1])
+            rows = through_scale if rows is None else rows + through_scale
+        return rows, None
+
+
+class StandardiseBackward(torch.autograd.Function):
+    """r (g - mean g - y mean(y g)): linear and symmetric in g, so its own transpose in g."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, standard: Tensor, scale: Tensor) -> Tensor:
+        along = (gradient * standard).mean(1, keepdim=True)
+        ctx.save_for_backward(gradient, standard, scale, along)
+        rows = gradient - gradient.mean(1, keepdim=True)
+        return rows.addcmul_(standard, along, value=-1).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradient, standard, scale, along = ctx.saved_tensors
+        to_gradient: Tensor = StandardiseBackward.apply(u, standard, scale)
+        u_along = (u * standard).mean(1, keepdim=True)
+        to_standard = -scale * (u * along + gradient * u_along)
+        to_scale = (to_gradient * gradient).sum(1, keepdim=True) / scale
+        return to_gradient, to_standard, to_scale

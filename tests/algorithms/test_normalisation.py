@@ -1,0 +1,107 @@
+"""Each batch-norm mode says whose statistics it uses, and uses those."""
+
+import pytest
+import torch
+
+import algorithms
+from algorithms.normalisation import MODES
+from tests.algorithms import derivation
+
+
+def make(norm: str, **settings) -> algorithms.Algorithm:
+    torch.manual_seed(1)
+    return algorithms.create("maml", derivation.Net().double(), norm=norm, **settings)
+
+
+def predictions(algorithm: algorithms.Algorithm, batch: dict) -> torch.Tensor:
+    """Query losses one sample at a time would hide dependence, so look at the outputs."""
+    tasks = algorithms.Tasks.of(batch, like=algorithm.parameters()[0])
+    algorithm.inner_loop.train(False)
+    (fast,) = algorithm.inner_loop.trajectory(tasks, 0, create_graph=False)
+    return algorithm.inner_loop.query(fast, tasks)[0].detach()
+
+
+@pytest.mark.parametrize(
+    ("norm", "depends"),
+    [("transductive", True), ("support", False), ("single", False), ("running", False)],
+)
+def test_whether_a_query_prediction_depends_on_the_other_queries(norm: str, depends: bool) -> None:
+    algorithm, batch = make(norm), derivation.make_batch(tasks=1)
+    before = predictions(algorithm, batch)[0]
+    inputs = batch["test"][0].clone()
+    inputs[:, 1:] += 1.0  # every query but the first
+    after = predictions(algorithm, batch | {"test": (inputs, batch["test"][1])})[0]
+    assert torch.allclose(before, after, atol=1e-12) is not depends
+
+
+@pytest.mark.parametrize(
+    ("norm", "depends"),
+    [("transductive", False), ("support", True), ("single", True), ("running", False)],
+)
+def test_whether_a_query_prediction_depends_on_the_support_statistics(
+    norm: str, depends: bool
+) -> None:
+    algorithm, batch = make(norm), derivation.make_batch(tasks=1)
+    before = predictions(algorithm, batch)
+    inputs, targets = batch["train"]
+    after = predictions(algorithm, batch | {"train": (inputs + torch.randn_like(inputs), targets)})
+    assert torch.allclose(before, after, atol=1e-12) is not depends
+
+
+def test_single_mode_counts_the_query_sample_beside_the_support_set() -> None:
+    algorithm, batch = make("single"), derivation.make_batch(tasks=1)
+    model = algorithm.model.train()
+    support, query = batch["train"][0][0], batch["test"][0][0]
+    one_by_one = torch.stack([model(torch.cat([support, q[None]]))[-1] for q in query])
+    assert torch.allclose(predictions(algorithm, batch), one_by_one, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", MODES)
+def test_evaluation_changes_neither_parameters_nor_buffers_nor_gradients(norm: str) -> None:
+    algorithm, batch = make(norm), derivation.make_batch()
+    algorithm.meta_backward(batch)
+    state = {n: v.clone() for n, v in algorithm.model.state_dict().items()}
+    gradients = [p.grad.clone() for p in algorithm.parameters()]
+    algorithm.evaluate(batch, steps=3)
+    assert all(torch.equal(v, state[n]) for n, v in algorithm.model.state_dict().items())
+    for parameter, gradient in zip(algorithm.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_running_averages_are_gathered_in_meta_training_alone() -> None:
+    algorithm, batch = make("running"), derivation.make_batch()
+    model = algorithm.model
+    for _ in range(200):
+        algorithm.meta_backward(batch)  # the parameters stay, so the averages settle
+    # What settles is the mean over the meta-step's forward passes: supports at theta, queries at
+    # theta'. The first layer sees both; derive its mean again, by hand, at one inner step.
+    expected = torch.zeros(4, dtype=torch.float64)
+    theta = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
+    for i in range(3):
+        (xs, ys), xq = (batch["train"][0][i], batch["train"][1][i]), batch["test"][0][i]
+        fast = derivation.inner(
+            theta, (xs, ys), list(theta), steps=1, lr=0.4, optimizer="sgd", create_graph=False
+        )
+        for x, p in ((xs, theta), (xq, fast)):
+            features = torch.nn.functional.conv2d(x, p["conv1.weight"], None, 2, 1)
+            expected += features.mean((0, 2, 3)).detach() / 6
+    assert torch.allclose(model.norm1.running_mean, expected, atol=1e-6)
+    before = model.norm1.running_mean.clone()
+    make("transductive").meta_backward(batch)
+    algorithm.evaluate(batch)
+    assert torch.equal(model.norm1.running_mean, before)
+
+
+def test_running_mode_needs_a_model_that_keeps_averages() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3, track_running_stats=False)
+    )
+    with pytest.raises(algorithms.AlgorithmError, match="track_running_stats"):
+        algorithms.create("maml", model, norm="running")
+
+
+def test_the_users_model_keeps_its_own_layers() -> None:
+    algorithm = make("support")
+    assert type(algorithm.model.norm1) is torch.nn.BatchNorm2d
+    outputs = algorithm.model.eval()(torch.zeros(2, 1, 8, 8, dtype=torch.float64))
+    assert outputs.shape == (2, 3)
