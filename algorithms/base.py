@@ -15,8 +15,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from algorithms.batched import BatchedInnerLoop, Unsupported
-from algorithms.inner_loop import OPTIMIZERS, Fast, HigherInnerLoop, InnerLoop, Tasks
+from algorithms.batched import BatchedInnerLoop
+from algorithms.inner_loop import (
+    OPTIMIZERS,
+    Fast,
+    HigherInnerLoop,
+    InnerLoop,
+    Tasks,
+    UnsupportedError,
+)
 from algorithms.losses import task_losses, task_metrics
 from algorithms.normalisation import MODES
 
@@ -111,7 +118,7 @@ class Algorithm(ABC):
         self.engine_reason = ""
         try:
             self._run_on("batched" if engine == "auto" else engine)
-        except Unsupported as objection:
+        except UnsupportedError as objection:
             self._yield_to_higher(str(objection))
         except ValueError as error:
             raise AlgorithmError(str(error)) from error
@@ -221,9 +228,10 @@ class Algorithm(ABC):
         self, batch: Batch, size: int | None, steps: int, generator: torch.Generator | None = None
     ) -> Tasks:
         tasks = Tasks.of(batch, like=next(iter(self.meta_parameters.values())))
-        objection = self.inner_loop.objection(tasks)
-        if objection is not None:
-            self._yield_to_higher(objection)
+        try:
+            self.inner_loop.prepare(tasks)
+        except UnsupportedError as objection:
+            self._yield_to_higher(str(objection))
         support = tasks.support_inputs.shape[1]
         if size is None or size >= support:
             return tasks
@@ -289,8 +297,9 @@ def register(name: str) -> Callable[[A], A]:
     """
 
     def add(algorithm: A) -> A:
-        known = _registry.get(name)
-        if known is not None and known.__qualname__ != algorithm.__qualname__:
+        known = _registry.get(name, algorithm)
+        # A file that is run again brings the same class again.
+        if (known.__module__, known.__qualname__) != (algorithm.__module__, algorithm.__qualname__):
             raise AlgorithmError(f"two algorithms are called {name!r}")
         algorithm.name = name
         _registry[name] = algorithm

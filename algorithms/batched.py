@@ -24,7 +24,7 @@ from algorithms.batched_layers import (
     TaskLinear,
     TaskWeights,
 )
-from algorithms.inner_loop import Fast, InnerLoop, Tasks
+from algorithms.inner_loop import Fast, InnerLoop, Tasks, UnsupportedError
 from algorithms.losses import task_losses
 from algorithms.normalisation import EpisodicBatchNorm
 
@@ -42,31 +42,28 @@ LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskL
 }
 
 
-class Unsupported(ValueError):
-    """The model has something that cannot be batched over tasks; the message is one line."""
+PASS_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+"""Elements that the widest activation of a pass may have: more tasks leave the processor's cache,
+or fill the device's memory, and gain nothing."""
 
 
 class BatchedInnerLoop(InnerLoop):
     """All tasks at once. Takes :class:`InnerLoop`'s arguments.
 
     Raises:
-        Unsupported: a layer of the model cannot be batched over tasks.
+        UnsupportedError: a layer of the model cannot be batched over tasks.
     """
 
-    tasks_per_pass = 2**30
+    tasks_per_pass = 1
 
     def __init__(self, model: nn.Module, adapted: Sequence[str], **settings: Any) -> None:
         super().__init__(model, adapted, **settings)
         self._weights = TaskWeights()
         self.norm.model = _batched(self.norm.model, self.parameters, self._weights)
-        self._vetted = False
+        self._widest = 0
 
     def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
-        fast = {name: self._start(value, create_graph) for name, value in self.parameters.items()}
-        fast = {name: value.expand(len(tasks), *value.shape[1:]) for name, value in fast.items()}
-        if not create_graph:
-            for name, value in self.parameters.items():
-                fast[name].requires_grad_(value.requires_grad)
+        fast = self._initial(len(tasks), create_graph=create_graph)
         rule = _Adam(self.lr) if self.optimizer == "adam" else _SGD(self.lr)
         yield fast
         for step in range(steps):
@@ -90,51 +87,85 @@ class BatchedInnerLoop(InnerLoop):
         beside = support[:, None].expand(-1, queries, *support.shape[1:])
         groups = torch.cat([beside, query[:, :, None]], dim=2)
         outputs = self._forward(fast, groups.flatten(1, 2), groups=queries)
-        return outputs.unflatten(1, (queries, shots + 1))[:, :, -1]
+        return outputs[:, shots :: shots + 1]
 
     def train(self, training: bool) -> None:
         self.norm.model.train(training)
         self.norm.start(training)
 
-    def objection(self, tasks: Tasks) -> str | None:
-        """Why the model's own code cannot run on several tasks at once; None where it can.
+    def prepare(self, tasks: Tasks) -> None:
+        """See once that the model's own code runs on several tasks, and size the passes.
 
-        The first two tasks' support sets go through the initial model together, and the first
-        alone: the outputs differ where code mixes the samples of a batch. Once that has been seen
-        to work, it is taken for granted.
+        Two sets of samples go through the initial model side by side, and the first alone: outputs
+        that differ tell of code that mixes the samples of a batch.
         """
-        if self._vetted or len(tasks) < 2:
-            return None
-        training = self.norm.model.training
-        two = tasks.support_inputs[:2]
-        start = {name: value.detach()[None] for name, value in self.parameters.items()}
-        gather, self.norm.statistics.gather = self.norm.statistics.gather, False
-        self.norm.model.eval()
-        try:
-            with torch.no_grad():
-                alone = self._forward(start, two[:1])
-                pair = {name: value.expand(2, *value.shape[1:]) for name, value in start.items()}
-                together = self._forward(pair, two)[:1]
-        except Exception as error:  # whatever the model's own code raises
-            line = " ".join(str(error).split())
-            return f"the model's forward does not run on several tasks at once: {line}"
-        finally:
-            self.norm.model.train(training)
-            self.norm.statistics.gather = gather
-        tolerance = torch.finfo(alone.dtype).eps ** 0.5
-        if together.shape != alone.shape or not torch.allclose(
-            together, alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())
-        ):
-            return "the model's forward mixes the samples of a batch outside batch normalisation"
-        self._vetted = True
-        return None
+        if not self._widest:
+            self._widest = self._vetted_width(tasks)
+        support, query = tasks.support_inputs.shape[1], tasks.query_inputs.shape[1]
+        samples = max(support, query)
+        if self.norm.layers and self.norm.mode == "single":
+            samples = query * (support + 1)
+        elements = PASS_ELEMENTS.get(tasks.support_inputs.device.type, PASS_ELEMENTS["cuda"])
+        self.tasks_per_pass = max(1, elements // (samples * self._widest))
 
-    def _start(self, value: Tensor, create_graph: bool) -> Tensor:
-        if not create_graph:
-            value = value.detach()
-        if value.dim() == 4:  # where a convolution reads it without copying it a task
-            value = value.contiguous(memory_format=torch.channels_last)
-        return value[None]
+    def _vetted_width(self, tasks: Tasks) -> int:
+        """Elements of a sample's widest activation, in a model that is seen to be supported."""
+        sets = tasks.support_inputs[:2]
+        if len(sets) < 2:
+            size = min(tasks.support_inputs.shape[1], tasks.query_inputs.shape[1])
+            sets = torch.cat([tasks.support_inputs[:, :size], tasks.query_inputs[:, :size]])
+        widths: list[int] = []
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out: widths.append(out[0].numel()))
+            for layer in self.norm.model.modules()
+            if isinstance(layer, TaskLayer)
+        ]
+        try:
+            alone, together = self._initial_outputs(sets[:1]), self._initial_outputs(sets)
+        except Exception as error:  # whatever the model's own code raises
+            if self._weights.channels_last:  # a view may need the order that its author had
+                self._weights.channels_last = False
+                return self._vetted_width(tasks)
+            line = " ".join(str(error).split())
+            raise UnsupportedError(
+                f"the model's forward does not run on several tasks at once: {line}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tolerance = torch.finfo(alone.dtype).eps ** 0.5
+        if not torch.allclose(
+            together[:1], alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())
+        ):
+            raise UnsupportedError(
+                "the model's forward mixes the samples of a batch outside batch normalisation"
+            )
+        return max(widths)
+
+    @torch.no_grad()
+    def _initial_outputs(self, inputs: Tensor) -> Tensor:
+        """Outputs at theta, without noise such as dropout's and without a trace in averages."""
+        model, statistics = self.norm.model, self.norm.statistics
+        training, gather = model.training, statistics.gather
+        model.eval()
+        statistics.gather = False
+        try:
+            return self._forward(self._initial(len(inputs), create_graph=False), inputs)
+        finally:
+            model.train(training)
+            statistics.gather = gather
+
+    def _initial(self, tasks: int, *, create_graph: bool) -> Fast:
+        """theta for every task."""
+        fast: Fast = {}
+        for name, value in self.parameters.items():
+            shared = value if create_graph else value.detach()
+            if value.dim() == 4:  # laid out once for all tasks as a convolution reads it
+                shared = shared.contiguous(memory_format=torch.channels_last)
+            fast[name] = shared.expand(tasks, *value.shape)
+            if not create_graph:
+                fast[name].requires_grad_(value.requires_grad)
+        return fast
 
     def _forward(
         self, fast: Fast, inputs: Tensor, *, groups: int = 1, counted: int | None = None
@@ -147,7 +178,7 @@ class BatchedInnerLoop(InnerLoop):
             outputs: Tensor = self.norm.model(inputs.flatten(0, 1))
         finally:
             self._weights.fast = {}
-        return outputs.unflatten(0, (tasks, -1))
+        return outputs.view(tasks, inputs.shape[1], *outputs.shape[1:])
 
     def _stepped(self, fast: Fast, loss: Tensor, rule: _SGD, create_graph: bool) -> Fast:
         names = [name for name in self.adapted if fast[name].requires_grad]
@@ -203,7 +234,8 @@ class _Adam(_SGD):
         zero = moment == 0
         root = torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
         size = self.lr * (1 - self.beta2**self.steps) ** 0.5
-        return size * gradient / (root + self.eps)
+        change: Tensor = size * gradient / (root + self.eps)
+        return change
 
 
 def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeights) -> nn.Module:
@@ -225,13 +257,14 @@ def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeigh
             made = batched(module, own, weights)
         elif own:
             where = f" ({path})" if path else ""
-            raise Unsupported(
+            raise UnsupportedError(
                 f"{type(module).__name__}{where} cannot be batched over tasks: it has parameters "
                 f"and is none of {', '.join(_public(layer) for layer in LAYERS)}"
             )
         else:
-            for name, child in list(module.named_children()):
-                setattr(module, name, replace(child, f"{path}.{name}" if path else name))
+            for name, child in module._modules.items():  # named_children skips repeated ones
+                if child is not None:
+                    module._modules[name] = replace(child, f"{path}.{name}" if path else name)
         replaced[id(module)] = made
         return made
 
@@ -256,7 +289,7 @@ def _check_settings(layer: nn.Module, path: str) -> None:
     if layer._forward_hooks or layer._forward_pre_hooks or list(layer.children()):
         odd.append("hooks or parametrizations")
     if odd:
-        raise Unsupported(
+        raise UnsupportedError(
             f"{_public(type(layer))} ({path}) with {', '.join(odd)} cannot be batched over tasks"
         )
 

@@ -5,10 +5,11 @@ would receive those of one, and takes its weights, ``(T, *shape)``, from the :cl
 that all layers of a model share. Everything between the layers, a model's own ``forward``
 included, acts on each sample alone and needs no change.
 
-Convolutions are matrix products over patches, in channels-last memory: ``torch`` has no
+Small convolutions are matrix products over patches, in channels-last memory: ``torch`` has no
 convolution with a weight a task that is fast to differentiate twice, and a patch row of
-neighbouring channels is cheap to copy. Nothing uses ``torch.func.vmap``, whose rules for
-normalisation layers have wrong second derivatives.
+neighbouring channels is cheap to copy. Large ones call the native convolution for each task.
+Nothing uses ``torch.func.vmap``, whose rules for normalisation layers have wrong second
+derivatives.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from algorithms.normalisation import EpisodicBatchNorm
 
+NATIVE_FROM = 600_000
+"""Elements in a task's patches from which a native convolution a task beats one batched product of
+patches: by then patches leave the cache, and a task is work enough for a call of its own."""
+
 
 class TaskWeights:
     """The weights that a model's layers use in a forward pass, held by reference by all of them.
@@ -30,13 +35,17 @@ class TaskWeights:
     Attributes:
         fast: every parameter by its name in the model, ``(tasks, *shape)``.
         tasks: how many tasks the batch is made of, side by side.
-        channels_last: convolutions may leave their outputs in channels-last memory.
+        channels_last: layers over channels may leave their outputs in channels-last memory.
     """
 
     def __init__(self) -> None:
         self.fast: dict[str, Tensor] = {}
         self.tasks = 1
         self.channels_last = True
+
+    def laid_out(self, channels_first: Tensor) -> Tensor:
+        """A layer's output, copied where its memory may not be channels-last."""
+        return channels_first if self.channels_last else channels_first.contiguous()
 
 
 class TaskLayer(nn.Module):
@@ -107,18 +116,35 @@ class TaskConv(TaskLayer):
         assert weight is not None
         if self.flat:
             inputs, weight = inputs.unsqueeze(-2), weight.unsqueeze(-2)
+        window = self.window
+        places = window.places(0, inputs.shape[2]) * window.places(1, inputs.shape[3])
+        samples = len(inputs) // self.weights.tasks
+        natively = samples * places * weight[0, 0].numel() > NATIVE_FROM
+        if natively and window.before == window.after:
+            outputs = self._natively(inputs, weight)
+        else:
+            outputs = self._by_patches(inputs, weight)
+        return self.weights.laid_out(outputs.squeeze(-2) if self.flat else outputs)
+
+    def _by_patches(self, inputs: Tensor, weight: Tensor) -> Tensor:
         tasks = self.weights.tasks
-        patches: Tensor = Patches.apply(inputs.permute(0, 2, 3, 1), self.window)
+        patches: Tensor = Patches.apply(inputs.permute(0, 2, 3, 1), self.window)  # type: ignore[no-untyped-call]
         samples, height, width = patches.shape[:3]
         outputs = products(
             patches.view(tasks, samples // tasks * height * width, -1),
             weight.permute(0, 1, 3, 4, 2).reshape(tasks, weight.shape[1], -1),
             self.value("bias"),
         )
-        outputs = outputs.view(samples, height, width, -1).permute(0, 3, 1, 2)
-        if self.flat:
-            outputs = outputs.squeeze(-2)
-        return outputs if self.weights.channels_last else outputs.contiguous()
+        return outputs.view(samples, height, width, -1).permute(0, 3, 1, 2)
+
+    def _natively(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        outputs: Tensor = Convolution.apply(inputs, weight, self.window)  # type: ignore[no-untyped-call]
+        bias = self.value("bias")
+        if bias is not None:
+            by_task = outputs.view(self.weights.tasks, -1, *outputs.shape[1:])
+            outputs = (by_task + bias[:, None, :, None, None]).flatten(0, 1)
+        return outputs
 
 
 class TaskBatchNorm(TaskLayer):
@@ -139,19 +165,20 @@ class TaskBatchNorm(TaskLayer):
         grouped = rows.reshape(tasks * given.groups, -1, rows.shape[-1])
         if given.running:
             mean, var = self.averages.mean, self.averages.var
-            assert mean is not None and var is not None
+            assert mean is not None
+            assert var is not None
             normalised = (grouped - mean) * torch.rsqrt(var + self.eps)
         elif given.counted is None:
             if given.gather:
                 self._note(grouped.detach())
-            normalised, _ = Standardise.apply(grouped, self.eps)
+            normalised, _ = Standardise.apply(grouped, self.eps)  # type: ignore[no-untyped-call]
         else:
             counted = grouped[:, : given.counted * space]
             mean = counted.mean(1, keepdim=True)
             var = (counted - mean).square().mean(1, keepdim=True)
             normalised = (grouped - mean) * torch.rsqrt(var + self.eps)
         outputs = self.affine(normalised.view(tasks, -1, rows.shape[-1]), lambda v: v[:, None])
-        return outputs.view(rows.shape).movedim(-1, 1)
+        return self.weights.laid_out(outputs.view(rows.shape).movedim(-1, 1))
 
     def _note(self, rows: Tensor) -> None:
         var, mean = torch.var_mean(rows, 1, correction=1)
@@ -185,7 +212,7 @@ class TaskChannelNorm(TaskLayer):
             normalised = F.instance_norm(inputs, eps=self.eps)
         else:
             normalised = F.group_norm(inputs, self.groups, eps=self.eps)
-        by_task = normalised.unflatten(0, (self.weights.tasks, -1))
+        by_task = normalised.view(self.weights.tasks, -1, *inputs.shape[1:])
         space = (1,) * (inputs.dim() - 2)
         return self.affine(by_task, lambda v: v.view(len(v), 1, -1, *space)).flatten(0, 1)
 
@@ -270,7 +297,7 @@ class Patches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        images: Tensor = FromPatches.apply(gradient, ctx.window, ctx.size)
+        images: Tensor = FromPatches.apply(gradient, ctx.window, ctx.size)  # type: ignore[no-untyped-call]
         return images, None
 
 
@@ -288,8 +315,121 @@ class FromPatches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        patches: Tensor = Patches.apply(gradient, ctx.window)
+        patches: Tensor = Patches.apply(gradient, ctx.window)  # type: ignore[no-untyped-call]
         return patches, None, None
+
+
+class Convolution(torch.autograd.Function):
+    """Images ``(tasks * n, c, h, w)`` and each task's kernel ``(tasks, out, c, *kernel)``.
+
+    One native convolution a task, or one in all where tasks share the kernel. The map is bilinear,
+    and so are its two derivatives: the three are written in terms of each other, because ``torch``
+    differentiates a convolution's derivative by convolutions whose kernels are whole images.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, kernels: Tensor, window: Window) -> Tensor:
+        ctx.save_for_backward(images, kernels)
+        ctx.window = window
+
+        def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+            return F.conv2d(x, kernel, None, window.stride, window.before, window.dilation)
+
+        return _by_kernel(convolve, kernels, images)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        images, kernels = ctx.saved_tensors
+        to_images, to_kernels = None, None
+        if ctx.needs_input_grad[0]:
+            to_images = ConvolutionToImages.apply(gradient, kernels, ctx.window, images.shape)  # type: ignore[no-untyped-call]
+        if ctx.needs_input_grad[1]:
+            to_kernels = ConvolutionToKernels.apply(gradient, images, ctx.window, kernels.shape)  # type: ignore[no-untyped-call]
+        return to_images, to_kernels, None
+
+
+class ConvolutionToImages(torch.autograd.Function):
+    """The derivative of :class:`Convolution` in the images, of an output's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: Tensor, kernels: Tensor, window: Window, size: torch.Size
+    ) -> Tensor:
+        ctx.save_for_backward(gradient, kernels)
+        ctx.window = window
+
+        def transposed(g: Tensor, kernel: Tensor) -> Tensor:
+            # Only the shape and the memory format of the images are read.
+            images = g.new_empty((len(g), *size[1:])).contiguous(memory_format=torch.channels_last)
+            return _convolution_backward(g, images, kernel, window, (True, False, False))[0]
+
+        return _by_kernel(transposed, kernels, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        gradient, kernels = ctx.saved_tensors
+        to_gradient, to_kernels = None, None
+        if ctx.needs_input_grad[0]:
+            to_gradient = Convolution.apply(u, kernels, ctx.window)  # type: ignore[no-untyped-call]
+        if ctx.needs_input_grad[1]:
+            to_kernels = ConvolutionToKernels.apply(gradient, u, ctx.window, kernels.shape)  # type: ignore[no-untyped-call]
+        return to_gradient, to_kernels, None, None
+
+
+class ConvolutionToKernels(torch.autograd.Function):
+    """The derivative of :class:`Convolution` in each task's kernel, of an output's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradient: Tensor, images: Tensor, window: Window, size: torch.Size
+    ) -> Tensor:
+        ctx.save_for_backward(gradient, images)
+        ctx.window = window
+        kernel = gradient.new_empty(size[1:]).contiguous(memory_format=torch.channels_last)
+        kernels = [
+            _convolution_backward(g, x, kernel, window, (False, True, False))[1]
+            for g, x in zip(gradient.chunk(size[0]), images.chunk(size[0]), strict=True)
+        ]
+        return torch.stack(kernels)
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        gradient, images = ctx.saved_tensors
+        to_gradient, to_images = None, None
+        if ctx.needs_input_grad[0]:
+            to_gradient = Convolution.apply(images, u, ctx.window)  # type: ignore[no-untyped-call]
+        if ctx.needs_input_grad[1]:
+            to_images = ConvolutionToImages.apply(gradient, u, ctx.window, images.shape)  # type: ignore[no-untyped-call]
+        return to_gradient, to_images, None, None
+
+
+def _by_kernel(
+    function: Callable[[Tensor, Tensor], Tensor], kernels: Tensor, samples: Tensor
+) -> Tensor:
+    """``function`` of each task's samples and its kernel; at once where the kernel is shared."""
+    if len(kernels) == 1 or kernels.stride(0) == 0:
+        return function(samples, kernels[0])
+    parts = zip(samples.chunk(len(kernels)), kernels, strict=True)
+    return torch.cat([function(part, kernel) for part, kernel in parts])
+
+
+def _convolution_backward(
+    gradient: Tensor, images: Tensor, kernel: Tensor, window: Window, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        gradient,
+        images,
+        kernel,
+        None,
+        window.stride,
+        window.before,
+        window.dilation,
+        False,
+        (0, 0),
+        1,
+        wanted,
+    )
+    return found
 
 
 class Standardise(torch.autograd.Function):
@@ -316,10 +456,13 @@ class Standardise(torch.autograd.Function):
         standard, scale = ctx.saved_tensors
         rows: Tensor | None = None
         if gradient is not None:
-            rows = StandardiseBackward.apply(gradient, standard, scale)
+            rows = StandardiseBackward.apply(gradient, standard, scale)  # type: ignore[no-untyped-call]
         if scale_gradient is not None:
-            through_scale = standard * (scale * scale * scale_gradient / -standard.shape[1])
-            rows = through_scale if rows is None else rows + through_scale
+            through_scale = scale * scale * scale_gradient / -standard.shape[1]
+            if rows is None:
+                rows = standard * through_scale
+            else:
+                rows = torch.addcmul(rows, standard, through_scale)
         return rows, None
 
 
@@ -330,15 +473,15 @@ class StandardiseBackward(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, standard: Tensor, scale: Tensor) -> Tensor:
         along = (gradient * standard).mean(1, keepdim=True)
         ctx.save_for_backward(gradient, standard, scale, along)
-        rows = gradient - gradient.mean(1, keepdim=True)
-        return rows.addcmul_(standard, along, value=-1).mul_(scale)
+        rows = torch.addcmul(-scale * gradient.mean(1, keepdim=True), gradient, scale)
+        return rows.addcmul_(standard, -scale * along)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradient, standard, scale, along = ctx.saved_tensors
-        to_gradient: Tensor = StandardiseBackward.apply(u, standard, scale)
+        to_gradient: Tensor = StandardiseBackward.apply(u, standard, scale)  # type: ignore[no-untyped-call]
         u_along = (u * standard).mean(1, keepdim=True)
-        to_standard = -scale * (u * along + gradient * u_along)
+        to_standard = (u * (-scale * along)).addcmul_(gradient, -scale * u_along)
         to_scale = (to_gradient * gradient).sum(1, keepdim=True) / scale
         return to_gradient, to_standard, to_scale

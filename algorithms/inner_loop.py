@@ -26,6 +26,10 @@ Fast = dict[str, Tensor]
 OPTIMIZERS = ("sgd", "adam")
 
 
+class UnsupportedError(ValueError):
+    """An engine cannot run a model; the message is one line and says why."""
+
+
 @dataclass(frozen=True)
 class Tasks:
     """Tasks to adapt to.
@@ -124,9 +128,12 @@ class InnerLoop(ABC):
     def train(self, training: bool) -> None:
         """Begin a meta-step (True) or an evaluation (False)."""
 
-    def objection(self, tasks: Tasks) -> str | None:
-        """Why this engine cannot adapt its model to such tasks, in one line; None where it can."""
-        return None
+    def prepare(self, tasks: Tasks) -> None:  # noqa: B027
+        """Make ready for such tasks.
+
+        Raises:
+            UnsupportedError: this engine cannot run the model on them.
+        """
 
 
 class HigherInnerLoop(InnerLoop):

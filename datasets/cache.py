@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -31,15 +32,11 @@ def cached(name: str, identity: str, build: Callable[[], Tensors]) -> Tensors:
     """
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = cache_folder() / "derived" / f"{name}-{digest}.safetensors"
-    try:
+    with contextlib.suppress(OSError, SafetensorError):
         return load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        pass
     tensors = build()
-    try:
+    with contextlib.suppress(OSError, SafetensorError):
         write(tensors, path)
-    except OSError:
-        pass
     return tensors
 
 
@@ -50,6 +47,6 @@ def write(tensors: Tensors, path: Path) -> None:
     os.close(handle)
     try:
         save_file(tensors, aside)
-        os.replace(aside, path)
+        Path(aside).replace(path)
     finally:
         Path(aside).unlink(missing_ok=True)

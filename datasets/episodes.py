@@ -51,7 +51,9 @@ class EpisodeSpec:
         for name, least in (("ways", 1), ("shots", 1), ("test_shots", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise DatasetError(f"{name} is {value!r}; it must be an integer of at least {least}")
+                raise DatasetError(
+                    f"{name} is {value!r}; it must be an integer of at least {least}"
+                )
         digest = hashlib.sha256(self.address.encode()).digest()
         object.__setattr__(self, "key", np.frombuffer(digest[:16], dtype=np.uint64))
 
@@ -93,7 +95,7 @@ class Source(ABC):
         """This source with its data on ``device``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassSource(Source):
     """Samples indexed by class.
 
@@ -174,11 +176,10 @@ def first_ranks(words: Words, count: int) -> npt.NDArray[np.int64]:
 
 def uniform(words: Words) -> npt.NDArray[np.float64]:
     """Random words as numbers in [0, 1), from their highest 53 bits."""
-    numbers: npt.NDArray[np.float64] = (words >> np.uint64(11)) * 2.0**-53
-    return numbers
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EpisodeLoader:
     """An endless stream of batches; ``loader[i]`` is batch ``i``, directly.
 

@@ -101,6 +101,7 @@ def test_what_an_operating_system_leaves_in_an_archive_is_passed_over(omniglot_r
         omniglot_root,
         {
             f"__MACOSX/{BACKGROUND}/Aurek/character01/._0001_01.png": b"",
+            f"{BACKGROUND}/Aurek/character01/._0001_01.png": b"",
             f"{BACKGROUND}/.DS_Store": b"",
         },
     )

@@ -1,0 +1,42 @@
+# The two commands a new user needs: make demo, make test. Both make .venv if it is not there.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DATA := $(wildcard ../shared/data)
+ifneq ($(DATA),)
+export BENCH_DATA ?= $(abspath $(DATA))
+endif
+
+.PHONY: help venv demo test check bench clean
+
+help:
+	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
+	@echo "make test   the checks and the tests"
+	@echo "make check  ruff and mypy alone"
+	@echo "make bench  the speed benchmarks"
+	@echo "make venv   the environment alone, in .venv"
+
+venv: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed; set PYTHON=") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python -m bench run --algos maml,fomaml,anil,reptile --shots 1,5 --out results/demo
+
+check: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: venv
+	$(BIN)/python -m pytest tests/performance --benchmark-only
+
+clean:
+	rm -rf .venv build *.egg-info

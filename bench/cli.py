@@ -1,0 +1,207 @@
+"""The command line: parse, call, print; no logic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import algorithms
+import datasets
+from algorithms import AlgorithmError
+from bench import runner
+from bench.errors import BenchError
+from bench.plugins import load_plugin
+from bench.progress import Display, summary_table
+from bench.sweep import Sweep, read_sweep
+from datasets import DatasetError
+
+app = typer.Typer(
+    help="Compare few-shot meta-learning algorithms: the same training, the same episodes, "
+    "intervals and costs.\n\nStart with: python -m bench run --algos maml,fomaml --shots 1,5",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+AXES, TRAINING, EVALUATION, PLACES = (
+    "Axes, each a comma-separated list",
+    "Training; each algorithm has defaults of its own for each dataset",
+    "Evaluation",
+    "Where things are",
+)
+
+
+def _axis(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=AXES, show_default=False, metavar="LIST")
+
+
+def _training(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=TRAINING, show_default=False)
+
+
+def _evaluation(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=EVALUATION, show_default=False)
+
+
+def _place(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel=PLACES, show_default=False)
+
+
+@app.command(
+    epilog="Run the same command again and it goes on where it stopped. Every setting can also "
+    "stand in a TOML file (--config), with underscores for hyphens; the sweep.toml in a run's "
+    "folder is one."
+)
+def run(
+    algos: Annotated[
+        str | None, _axis("Algorithms; see 'list algorithms'. Default: all four.")
+    ] = None,
+    datasets: Annotated[
+        str | None, _axis("Datasets; see 'list datasets'. Default: glyphs.")
+    ] = None,
+    ways: Annotated[str | None, _axis("Classes an episode. Default: 5.")] = None,
+    shots: Annotated[str | None, _axis("Support samples a class. Default: 1.")] = None,
+    seeds: Annotated[str | None, _axis("Seeds of training. Default: 0.")] = None,
+    devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
+    iterations: Annotated[str | None, _training("Meta-training steps.")] = None,
+    meta_batch: Annotated[str | None, _training("Tasks a meta-step.")] = None,
+    train_shots: Annotated[
+        str | None, _training("Support samples a class in training, where they differ.")
+    ] = None,
+    inner_lr: Annotated[str | None, _training("Step size of the inner loop.")] = None,
+    inner_steps: Annotated[str | None, _training("Inner steps of a meta-step.")] = None,
+    meta_lr: Annotated[str | None, _training("Step size of the outer loop.")] = None,
+    norm: Annotated[
+        str | None,
+        _training("Whose batch-norm statistics: transductive, support, single or running."),
+    ] = None,
+    engine: Annotated[str | None, _training("Which inner loop: auto, higher or batched.")] = None,
+    model: Annotated[
+        str | None, _training("Network: conv4, conv4_mean, conv4_pool, fc or mlp.")
+    ] = None,
+    test_shots: Annotated[str | None, _evaluation("Query samples a class.")] = None,
+    eval_steps: Annotated[str | None, _evaluation("Inner steps of an evaluation.")] = None,
+    episodes: Annotated[str | None, _evaluation("Test episodes.")] = None,
+    eval_seed: Annotated[str | None, _evaluation("Stream of validation and test episodes.")] = None,
+    data_root: Annotated[
+        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
+    ] = False,
+    config: Annotated[
+        Path | None, _place("TOML file with settings; options come before it.")
+    ] = None,
+    plugin: Annotated[
+        Path | None, _place("Python file that registers algorithms or datasets.")
+    ] = None,
+    out: Annotated[
+        Path | None, _place("The run's folder. Default: results/ and a hash of what is asked.")
+    ] = None,
+    accept_changed_code: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-code",
+            help="Put new cells beside such as different source made.",
+            rich_help_panel=PLACES,
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and roughly how long they take.")
+    ] = False,
+) -> None:
+    """Train and evaluate every combination of the axes, and print a table.
+
+    For example: python -m bench run --algos maml,fomaml --shots 1,5
+    """
+    given = {name: value for name, value in locals().items() if value not in (None, False)}
+    asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
+    sweep = read_sweep(config, asked)
+    load_plugin(sweep.plugin)
+    cells = sweep.cells()
+    sources = runner.Sources(sweep.data_root, sweep.download)
+    console = Console()
+    with console.status("reading the data"):
+        runner.check(cells, sources)
+    if dry_run:
+        _print_plan(sweep, cells, sources, console)
+        return
+    folder = out or runner.default_folder(cells)
+    try:
+        summary = runner.run(sweep, cells, sources, folder, Display(console), accept_changed_code)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command goes on from here (results in {folder})")
+        raise
+    mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
+    console.print(summary_table(mine))
+    console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
+    if (mine["status"] == "failed").any():
+        console.print(f"why cells failed: {folder / 'failures.json'}")
+        raise typer.Exit(1)
+
+
+def _print_plan(sweep: Sweep, cells: list[Any], sources: runner.Sources, console: Console) -> None:
+    with console.status("timing a few steps of each kind of cell"):
+        seconds = runner.estimate_seconds(cells, sources)
+    table = Table("cell", "iterations", "meta-batch", "inner steps", "episodes", "about")
+    for cell in cells:
+        table.add_row(
+            str(cell),
+            str(cell.iterations),
+            str(cell.meta_batch),
+            str(cell.hyperparameters.get("inner_steps", "")),
+            str(cell.episodes),
+            f"{seconds[cell.id]:.0f} s",
+        )
+    console.print(table)
+    console.print(f"{len(cells)} cells, about {sum(seconds.values()) / 60:.1f} minutes")
+
+
+list_app = typer.Typer(help="What there is: algorithms, datasets.", no_args_is_help=True)
+app.add_typer(list_app, name="list")
+
+
+@list_app.command("algorithms")
+def list_algorithms() -> None:
+    """The algorithms, and what each does."""
+    table = Table("algorithm", "what it does")
+    for name in algorithms.names():
+        table.add_row(name, algorithms.get(name).summary)
+    Console().print(table)
+
+
+@list_app.command("datasets")
+def list_datasets() -> None:
+    """The datasets, and their splits."""
+    table = Table("dataset", "what it is", "splits")
+    for name in datasets.names():
+        kind = datasets.get(name)
+        table.add_row(name, kind.summary, ", ".join(kind.splits))
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status.
+
+    0 for success, 1 where a cell failed, 2 for bad input (one line on stderr), 130 for Ctrl-C.
+    """
+    try:
+        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return int(status or 0)
+    except (BenchError, AlgorithmError, DatasetError) as error:
+        message = str(error)
+    except typer.TyperException as error:
+        message = error.format_message()
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    print(f"bench: {' '.join(message.split())}", file=sys.stderr)
+    return 2

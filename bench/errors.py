@@ -1,0 +1,11 @@
+"""What ends a command with one line and a status of its own."""
+
+
+class BenchError(ValueError):
+    """What was asked cannot be done as asked; one line that says what is wrong and what would be
+    right. Ends a command with exit status 2."""
+
+
+class CellError(RuntimeError):
+    """A cell that could not be brought to its end, such as one whose loss is no longer finite. It
+    is recorded as failed with this reason, and the other cells go on."""

@@ -1,0 +1,226 @@
+"""What a cell costs: seconds, peak memory and FLOPs, measured apart from training.
+
+Each cell is measured in a fresh process, so that the memory is its own. The cells that will be
+compared take turns (A B C, A B C, ...), so that the drift of a shared machine hits all alike and
+their repeats can be paired.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import datasets
+from bench.errors import CellError
+from bench.plugins import load_plugin
+from bench.protocol import evaluate
+from bench.sweep import Cell, stream_seed
+from bench.training import build
+from datasets import EpisodeLoader, EpisodeSpec, Source
+
+WARM_UP = 2
+REPEATS = 7
+EPISODES = 5
+"""Evaluation episodes in one repeat."""
+STEP = "meta_step"
+EVALUATION = "evaluation"
+PATIENCE_SECONDS = 600.0
+
+
+class Meter:
+    """Clocks and memory of one device; this one is the CPU's.
+
+    Peak memory is how far the resident set rose above its level when the meter was made, which is
+    before the cell's first step.
+    """
+
+    def __init__(self) -> None:
+        self.base = psutil.Process().memory_info().rss
+
+    def start(self) -> None:
+        """Wait until the device is idle, and forget earlier peaks."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is the present level
+            self.earlier = 0
+        except OSError:
+            self.earlier = self._highest()
+
+    def stop(self) -> None:
+        """Wait until the device has done what it was given."""
+
+    def peak_bytes(self) -> int | None:
+        """Peak memory since the start; None where it was not above an earlier peak that the
+        system does not forget."""
+        peak = self._highest()
+        return max(peak - self.base, 0) if peak > self.earlier else None
+
+    def _highest(self) -> int:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class AcceleratorMeter(Meter):
+    """Clocks and memory of a GPU: peak memory is what torch's allocator handed out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def stop(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int | None:
+        return int(torch.cuda.max_memory_allocated(self.device))
+
+
+def meter_for(device: str) -> Meter:
+    """The meter of a torch device."""
+    if device.startswith("cuda"):
+        return AcceleratorMeter(torch.device(device))
+    return Meter()
+
+
+class Subject:
+    """One cell, ready to be measured in this process."""
+
+    def __init__(self, cell: Cell, source: Source) -> None:
+        self.cell = cell
+        self.source = source
+        self.algorithm = build(cell, source)
+        seed = stream_seed("measurement", cell.seed)
+        shots = cell.train_shots or cell.shots
+        spec = (cell.dataset, "train", cell.ways)
+        train_spec = EpisodeSpec(*spec, shots, cell.test_shots, seed)
+        self.batches = EpisodeLoader(source, train_spec, cell.meta_batch)
+        self.eval_spec = EpisodeSpec(*spec, cell.shots, cell.test_shots, seed)
+        self.meter = meter_for(cell.device)
+
+    def once(self, phase: str, repeat: int) -> dict[str, Any]:
+        """Do one repeat of a phase, and say what it took."""
+        torch.manual_seed(repeat)
+        self.meter.start()
+        process = time.process_time()
+        began = time.perf_counter()
+        if phase == STEP:
+            self.algorithm.meta_backward(self.batches[repeat])
+        else:
+            evaluate(self.algorithm, self.source, self.eval_spec, EPISODES, self.cell.eval_steps)
+        self.meter.stop()
+        return {
+            "phase": phase,
+            "repeat": repeat,
+            "seconds": time.perf_counter() - began,
+            "process_seconds": time.process_time() - process,
+            "peak_bytes": self.meter.peak_bytes(),
+        }
+
+    def flops(self, phase: str) -> int:
+        """Floating-point operations of one repeat of a phase, as torch counts them (matrix
+        products and convolutions, forward and backward)."""
+        with FlopCounterMode(display=False) as counter:
+            self.once(phase, 0)
+        return int(counter.get_total_flops())
+
+
+def measure(
+    cells: Sequence[Cell], root: Path | None = None, plugin: Path | None = None
+) -> list[pd.DataFrame]:
+    """Measure cells that are compared with one another, taking turns.
+
+    Returns:
+        For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes)
+        and repeat, with columns ``phase``, ``repeat``, ``seconds``, ``process_seconds``,
+        ``peak_bytes``, ``flops`` and ``session``, which is the same for cells that took turns.
+
+    Raises:
+        CellError: a process that failed.
+    """
+    rows: list[list[dict[str, Any]]] = [[] for _ in cells]
+    with ExitStack() as stack:
+        subjects = [stack.enter_context(_subject(cell, root, plugin)) for cell in cells]
+        for phase in (STEP, EVALUATION):
+            for repeat in range(-WARM_UP, REPEATS):
+                for subject, found in zip(subjects, rows, strict=True):
+                    row = _ask(subject, "once", phase, repeat + WARM_UP)
+                    if repeat >= 0:
+                        found.append(row | {"repeat": repeat})
+        for subject, found in zip(subjects, rows, strict=True):
+            flops = {phase: _ask(subject, "flops", phase) for phase in (STEP, EVALUATION)}
+            found[:] = [row | {"flops": flops[row["phase"]]} for row in found]
+    session = secrets.token_hex(4)
+    return [pd.DataFrame(found).assign(session=session) for found in rows]
+
+
+def headline(performance: pd.DataFrame) -> dict[str, Any]:
+    """The summary's columns of one cell's measurements; what was not measured is left out."""
+    medians = performance.groupby("phase")["seconds"].median()
+    step = performance[performance["phase"] == STEP]
+    peak = step["peak_bytes"].max()
+    figures = {
+        "step_ms": 1e3 * medians[STEP],
+        "eval_ms_per_episode": 1e3 * medians[EVALUATION] / EPISODES,
+        "step_gflops": step["flops"].median() / 1e9,
+    }
+    return figures if pd.isna(peak) else figures | {"peak_memory_bytes": int(peak)}
+
+
+@contextmanager
+def _subject(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, cell, root, plugin), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+
+
+def _serve(connection: Connection, cell: Cell, root: Path | None, plugin: Path | None) -> None:
+    """Answer questions about one cell until the other side hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
+    try:
+        load_plugin(plugin)
+        source = datasets.get(cell.dataset)(root=root).load("train").to(cell.device)
+        subject = Subject(cell, source)
+        while True:
+            name, *arguments = connection.recv()
+            connection.send(("done", getattr(subject, name)(*arguments)))
+    except EOFError:
+        pass
+    except Exception as error:
+        connection.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+def _ask(subject: Connection, *question: Any) -> Any:
+    try:
+        subject.send(question)
+        if not subject.poll(PATIENCE_SECONDS):
+            raise CellError(f"the measuring process did not answer in {PATIENCE_SECONDS:.0f} s")
+        status, answer = subject.recv()
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        raise CellError("the measuring process died; perhaps of too little memory") from error
+    if status == "failed":
+        raise CellError(f"measuring failed: {answer}")
+    return answer

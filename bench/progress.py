@@ -1,0 +1,158 @@
+"""What a person sees while a sweep runs, and the table at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from bench.store import Record
+from bench.sweep import Cell
+from bench.training import Progress as TrainingProgress
+
+LINE_SECONDS = 30.0
+"""How often a console that cannot redraw (a log file) is given a line."""
+
+
+class Display:
+    """A bar for the sweep and one for the cell in hand; plain lines where output is not a
+    terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.sweep = self.bars.add_task("cells", total=None, note="")
+        self.work = self.bars.add_task("", total=None, note="", visible=False)
+        self.label = ""
+        self.last_line = time.monotonic()
+
+    def begin(self, total: int, done: int) -> None:
+        """The sweep starts; ``done`` cells were there already."""
+        self.bars.update(self.sweep, total=total, completed=done)
+        self.bars.start()
+        if done:
+            self.console.print(f"{done} of {total} cells are done already")
+
+    def end(self) -> None:
+        """The sweep has ended."""
+        self.bars.stop()
+
+    def training(self, cell: Cell) -> None:
+        """A cell starts to be trained."""
+        self._work(str(cell), cell.iterations)
+
+    def iteration(self, progress: TrainingProgress) -> None:
+        """A meta-step is done."""
+        note = f"loss {progress.loss:.3f}"
+        if progress.validation is not None:
+            note += f"  validation {progress.validation:.3f}"
+        self._advance(progress.iteration, note)
+
+    def evaluating(self, cell: Cell) -> None:
+        """A cell starts to be evaluated on the test split."""
+        self._work(f"{cell}: test episodes", cell.episodes)
+
+    def episode(self, done: int) -> None:
+        """Test episodes are done."""
+        self._advance(done, "")
+
+    def measuring(self, cells: Sequence[Cell]) -> None:
+        """Cells start to be measured side by side."""
+        self._work(f"measuring {', '.join(cell.algorithm for cell in cells)}", None)
+
+    def done(self, record: Record) -> None:
+        """A cell is complete."""
+        self.bars.advance(self.sweep)
+        figures = record.figures
+        self.console.print(
+            f"{record.cell}: {score(figures)}, trained in {figures['train_seconds']:.0f} s"
+        )
+
+    def failed(self, cell: Cell, reason: str) -> None:
+        """A cell came to nothing."""
+        self.bars.advance(self.sweep)
+        self.console.print(f"[red]{cell} failed:[/red] {reason}")
+
+    def _work(self, label: str, total: int | None) -> None:
+        self.label, self.total = label, total
+        self.bars.reset(self.work, description=label, total=total, note="", visible=True)
+
+    def _advance(self, completed: int, note: str) -> None:
+        self.bars.update(self.work, completed=completed, note=note)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.last_line > LINE_SECONDS:
+            self.last_line = now
+            self.console.print(f"{self.label} {completed}/{self.total} {note}")
+
+
+SETTINGS = ("test_shots", "eval_steps", "norm", "engine", "device")
+
+
+def score(row: pd.Series | dict[str, object]) -> str:
+    """Mean and half-width of an interval, accuracy in per cent."""
+    mean, half = float(row["mean"]), float(row["ci95"])  # type: ignore[arg-type]
+    if row["metric"] == "accuracy":
+        return f"{100 * mean:.1f} ± {100 * half:.1f}%"
+    return f"{row['metric']} {mean:.3f} ± {half:.3f}"
+
+
+def summary_table(summary: pd.DataFrame) -> Table:
+    """The summary for a terminal: the settings that all cells share stand below it."""
+    shared = [
+        f"{name.replace('_', ' ')} {summary[name].iloc[0]}"
+        for name in SETTINGS
+        if summary[name].nunique(dropna=False) == 1
+    ]
+    varying = [name for name in SETTINGS if summary[name].nunique(dropna=False) > 1]
+    table = Table(
+        title="± is the 95% interval over test episodes: this trained model on new tasks",
+        caption="all: " + ", ".join(shared) if shared else None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("algorithm", no_wrap=True)
+    table.add_column("episodes of", no_wrap=True)
+    for column in ("seed", *(name.replace("_", " ") for name in varying)):
+        table.add_column(column, justify="right")
+    for column in ("score", "meta-step", "episode", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():
+        complete = row["status"] == "complete"
+        peak = row["peak_memory_bytes"]
+        table.add_row(
+            row["algorithm"],
+            f"{row['dataset']} {row['ways']}-way {row['shots']}-shot",
+            str(row["seed"]),
+            *(str(row[name]) for name in varying),
+            score(row) if complete else "[red]failed[/red]",
+            milliseconds(row["step_ms"]),
+            milliseconds(row["eval_ms_per_episode"]),
+            "" if pd.isna(peak) else f"{peak / 2**20:.0f} MiB",
+        )
+    return table
+
+
+def milliseconds(value: float) -> str:
+    """A time for people; nothing for what was not measured."""
+    return "" if pd.isna(value) else f"{value:.1f} ms"

@@ -1,0 +1,288 @@
+"""Runs a sweep's cells: skips what is done, goes on from what is half done, reports as it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pandas as pd
+import torch
+
+import datasets
+from bench import measure, plots, stats
+from bench.errors import BenchError, CellError
+from bench.progress import Display
+from bench.protocol import after_last_step, evaluate
+from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_hash, write_text
+from bench.sweep import Cell, Sweep
+from bench.training import build, train, validation_interval, write_tensors
+from datasets import EpisodeSpec, Source
+
+
+class Sources:
+    """The splits that a sweep needs, each read once and put on a device once."""
+
+    def __init__(self, root: Path | None, download: bool) -> None:
+        self.root = root
+        self.download = download
+        self._held: dict[tuple[str, str, str], Source] = {}
+
+    def get(self, dataset: str, split: str, device: str) -> Source | None:
+        """A split on a device; None if the dataset has no such split."""
+        kind = datasets.get(dataset)
+        if split not in kind.splits:
+            return None
+        if (dataset, split, "cpu") not in self._held:
+            source = kind(root=self.root, download=self.download).load(split)
+            self._held[dataset, split, "cpu"] = source
+        if (dataset, split, device) not in self._held:
+            self._held[dataset, split, device] = self._held[dataset, split, "cpu"].to(device)
+        return self._held[dataset, split, device]
+
+    def require(self, dataset: str, split: str, device: str) -> Source:
+        """A split that every dataset has."""
+        source = self.get(dataset, split, device)
+        if source is None:
+            raise BenchError(f"{dataset} has no {split} split")
+        return source
+
+
+def default_folder(cells: list[Cell]) -> Path:
+    """Where a sweep's results go unless told: the same cells, the same folder, so that the same
+    command goes on with the same run."""
+    digest = hashlib.sha256("".join(sorted(cell.id for cell in cells)).encode()).hexdigest()
+    return Path("results") / f"run-{digest[:8]}"
+
+
+def check(cells: list[Cell], sources: Sources) -> None:
+    """Find out what cannot work before anything is written.
+
+    Raises:
+        BenchError, AlgorithmError, DatasetError: the first fault found, as one line.
+    """
+    for device in {cell.device for cell in cells}:
+        check_device(device)
+    for cell in cells:
+        train_shots = cell.train_shots or cell.shots
+        for split, shots in (("train", train_shots), ("val", cell.shots), ("test", cell.shots)):
+            source = sources.get(cell.dataset, split, "cpu")
+            if source is not None:
+                spec = EpisodeSpec(cell.dataset, split, cell.ways, shots, cell.test_shots, 0)
+                source.check(spec)
+    for cell in {(c.algorithm, c.dataset): c for c in cells}.values():
+        on_cpu = cell.model_copy(update={"device": "cpu"})
+        build(on_cpu, sources.require(cell.dataset, "train", "cpu"))
+
+
+def check_device(name: str) -> None:
+    """Raise :class:`BenchError` for a device that is not there."""
+    try:
+        torch.zeros(1, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            there.append("mps")
+        raise BenchError(f"there is no device {name!r}; there are {', '.join(there)}") from None
+
+
+def run(
+    sweep: Sweep,
+    cells: list[Cell],
+    sources: Sources,
+    folder: Path,
+    display: Display,
+    accept_changed_code: bool = False,
+) -> pd.DataFrame:
+    """Bring every cell of a sweep to its end.
+
+    Args:
+        sweep: what was asked, to be noted in the folder.
+        cells: its cells, checked.
+        sources: where their data is.
+        folder: the run's folder; cells that are complete in it are skipped.
+        display: is told what happens.
+        accept_changed_code: put cells beside such as other source made.
+
+    Returns:
+        The run's summary.
+
+    Raises:
+        BenchError: a folder that cannot be used, or that holds cells of other source.
+    """
+    store = Run(folder)
+    source = source_hash(sweep.plugin)
+    known = {record.cell.id: record for record in store.records()}
+    if not accept_changed_code and any(r.source != source for r in known.values()):
+        raise BenchError(
+            f"{folder} holds cells made by different source code; give another --out, or "
+            "--accept-changed-code to put old and new side by side"
+        )
+    with store.start(sweep), interruptible() as interrupted:
+        display.begin(total=len(cells), done=sum(cell.id in known for cell in cells))
+        for _, group in itertools.groupby(cells, key=lambda cell: cell.setting):
+            todo = [cell for cell in group if cell.id not in known]
+            _run_group(todo, store, source, sweep, sources, display, interrupted)
+        display.end()
+        summary = store.write_summary()
+        plots.draw_all(summary, store.figures)
+    return summary
+
+
+def _run_group(
+    cells: list[Cell],
+    store: Run,
+    source: str,
+    sweep: Sweep,
+    sources: Sources,
+    display: Display,
+    interrupted: Interrupted,
+) -> None:
+    """Train and evaluate cells that are compared, then measure them side by side."""
+    trained: dict[str, dict[str, Any]] = {}
+    ready: list[Cell] = []
+    for cell in cells:
+        with _failures_noted(cell, store, display):
+            trained[cell.id] = _train_and_evaluate(
+                cell, store, source, sources, display, interrupted
+            )
+            ready.append(cell)
+    if not ready:
+        return
+    display.measuring(ready)
+    try:
+        measured = measure.measure(ready, sweep.data_root, sweep.plugin)
+    except CellError as error:
+        for cell in ready:
+            store.fail(cell, str(error))
+            display.failed(cell, str(error))
+        return
+    for cell, performance in zip(ready, measured, strict=True):
+        performance.to_parquet(store.workplace(cell) / PERFORMANCE, index=False)
+        figures = trained[cell.id] | measure.headline(performance)
+        display.done(store.complete(cell, source, figures))
+    if interrupted():
+        raise KeyboardInterrupt
+
+
+def _train_and_evaluate(
+    cell: Cell,
+    store: Run,
+    source: str,
+    sources: Sources,
+    display: Display,
+    interrupted: Interrupted,
+) -> dict[str, Any]:
+    """Make all of a cell but its measurements, in its workplace; returns its figures."""
+    workplace = store.workplace(cell)
+    noted = workplace / "trained.json"
+    try:
+        before: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8"))
+        if before["source"] == source:
+            figures: dict[str, Any] = before["figures"]
+            return figures
+    except (OSError, ValueError, KeyError):
+        pass
+    display.training(cell)
+    algorithm, log = train(
+        cell,
+        sources.require(cell.dataset, "train", cell.device),
+        sources.get(cell.dataset, "val", cell.device),
+        workplace / "training.safetensors",
+        source=source,
+        report=display.iteration,
+        interrupted=interrupted,
+    )
+    log.frame().to_parquet(workplace / TRAINING, index=False)
+    write_tensors(algorithm.model.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
+    test = sources.require(cell.dataset, "test", cell.device)
+    spec = EpisodeSpec(cell.dataset, "test", cell.ways, cell.shots, cell.test_shots, cell.eval_seed)
+    display.evaluating(cell)
+    scores = evaluate(algorithm, test, spec, cell.episodes, cell.eval_steps, display.episode)
+    scores.to_parquet(workplace / SCORES, index=False)
+    interval = stats.mean_interval(after_last_step(scores).to_numpy())
+    figures = {
+        "metric": "accuracy" if test.outputs is None else "mse",
+        "mean": interval.estimate,
+        "ci95": interval.half_width,
+        "train_seconds": sum(log.seconds),
+        "engine": algorithm.engine,
+        "episode_address": spec.address,
+    }
+    write_text(noted, json.dumps({"source": source, "figures": figures}))
+    return figures
+
+
+@contextmanager
+def _failures_noted(cell: Cell, store: Run, display: Display) -> Iterator[None]:
+    """Record what goes wrong in a cell, so that the others can go on."""
+    try:
+        yield
+    except CellError as error:
+        store.fail(cell, str(error))
+        display.failed(cell, str(error))
+    except (RuntimeError, MemoryError) as error:
+        store.fail(cell, traceback.format_exc())
+        display.failed(cell, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+class Interrupted:
+    """Whether Ctrl-C or a termination was asked for; work stops at the next safe point."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupted]:
+    """Turn the first Ctrl-C (or SIGTERM) into a question that the work asks itself; a second one
+    stops at once."""
+    interrupted = Interrupted()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if interrupted.asked:
+            raise KeyboardInterrupt
+        interrupted.asked = True
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def estimate_seconds(cells: list[Cell], sources: Sources) -> dict[str, float]:
+    """Roughly how long each cell will take, by its id, from two meta-steps and a few episodes of
+    each kind of cell."""
+    known: dict[str, float] = {}
+    found: dict[str, float] = {}
+    for cell in cells:
+        kind = cell.model_copy(update={"seed": 0}).id
+        if kind not in known:
+            known[kind] = _estimate(cell, sources)
+        found[cell.id] = known[kind]
+    return found
+
+
+def _estimate(cell: Cell, sources: Sources) -> float:
+    subject = measure.Subject(cell, sources.require(cell.dataset, "train", cell.device))
+    subject.once(measure.STEP, 0)
+    step = subject.once(measure.STEP, 1)["seconds"]
+    subject.once(measure.EVALUATION, 0)
+    episode = subject.once(measure.EVALUATION, 1)["seconds"] / measure.EPISODES
+    validations = cell.iterations // validation_interval(cell)
+    episodes = cell.episodes + validations * cell.val_episodes
+    turns = measure.WARM_UP + measure.REPEATS
+    measuring = turns * (step + measure.EPISODES * episode)
+    return float(cell.iterations * step + episodes * episode + measuring)

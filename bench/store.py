@@ -1,0 +1,272 @@
+"""Results on disk: one run is one folder, one cell is one folder in it, complete or absent.
+
+A cell is made in ``cells/.<id>`` and renamed to ``cells/<id>`` once all of it is there, so that a
+reader never meets half a cell, and a crash leaves what a resumed run goes on from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pandas as pd
+import psutil
+import tomli_w
+import torch
+
+from bench.errors import BenchError
+from bench.sweep import Cell, Sweep
+
+SCORES = "episodes.parquet"
+TRAINING = "training.parquet"
+PERFORMANCE = "performance.parquet"
+CHECKPOINT = "checkpoint.safetensors"
+RECORD = "cell.json"
+
+SUMMARY_COLUMNS = (
+    *("algorithm", "dataset", "ways", "shots", "test_shots", "train_shots", "seed", "device"),
+    *("engine", "norm", "inner_steps", "eval_steps", "meta_batch", "iterations", "episodes"),
+    *("metric", "mean", "ci95", "train_seconds", "step_ms", "eval_ms_per_episode"),
+    *("peak_memory_bytes", "step_gflops", "cell_id", "status"),
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``cell.json`` holds: the settings, the headline figures and where they came from."""
+
+    cell: Cell
+    source: str
+    figures: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        """This cell's row of the summary; what was not measured is absent."""
+        cell = self.cell
+        settings = cell.model_dump() | cell.hyperparameters
+        return settings | self.figures | {"cell_id": cell.id, "status": "complete"}
+
+
+class Run:
+    """One run's folder.
+
+    Args:
+        folder: where; it is made when something is first written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cells = folder / "cells"
+        self.figures = folder / "figures"
+
+    # Writing.
+
+    def start(self, sweep: Sweep) -> filelock.BaseFileLock:
+        """Make the folder, note what was asked and on what machine, and keep others out.
+
+        Raises:
+            BenchError: a folder that cannot be written, or that another run is using.
+        """
+        try:
+            self.cells.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise BenchError(f"{self.folder} is in use by another run") from error
+        except OSError as error:
+            raise BenchError(f"cannot write to {self.folder}: {error.strerror}") from error
+        asked = sweep.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
+        write_text(self.folder / "sweep.toml", tomli_w.dumps(asked))
+        write_text(self.folder / "environment.json", to_json(environment(sweep)))
+        return lock
+
+    def workplace(self, cell: Cell) -> Path:
+        """The folder in which a cell is being made."""
+        folder = self.cells / f".{cell.id}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def complete(self, cell: Cell, source: str, figures: dict[str, Any]) -> Record:
+        """Make the cell in its workplace one of the run's results."""
+        record = Record(cell, source, figures)
+        workplace = self.workplace(cell)
+        contents = {"settings": cell.model_dump(), "source": source, "figures": figures}
+        write_text(workplace / RECORD, to_json(contents))
+        for leftover in (workplace / "training.safetensors", workplace / "trained.json"):
+            leftover.unlink(missing_ok=True)
+        final = self.cells / cell.id
+        if final.exists():  # damaged, or the cell would have been skipped
+            shutil.rmtree(final)
+        workplace.rename(final)
+        self.forgive(cell)
+        return record
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        """Note that a cell failed; it is tried again when the run is resumed."""
+        failures = self.failures() | {cell.id: {"settings": cell.model_dump(), "reason": reason}}
+        write_text(self.folder / "failures.json", to_json(failures))
+
+    def forgive(self, cell: Cell) -> None:
+        """Forget an earlier failure of a cell."""
+        failures = self.failures()
+        if failures.pop(cell.id, None) is not None:
+            write_text(self.folder / "failures.json", to_json(failures))
+
+    def write_summary(self) -> pd.DataFrame:
+        """Write ``summary.csv`` and ``summary.parquet`` from the cells that are there."""
+        summary = self.summary()
+        write_text(self.folder / "summary.csv", summary.to_csv(index=False))
+        aside = self.folder / "summary.parquet.part"
+        summary.to_parquet(aside, index=False)
+        aside.replace(self.folder / "summary.parquet")
+        return summary
+
+    # Reading.
+
+    def record(self, cell_id: str) -> Record | None:
+        """A complete cell, or None where it is absent or damaged."""
+        folder = self.cells / cell_id
+        try:
+            written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            cell = Cell(**written["settings"])
+            record = Record(cell, written["source"], written["figures"])
+            whole = all((folder / name).stat().st_size for name in (SCORES, TRAINING, CHECKPOINT))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if whole and cell.id == cell_id else None
+
+    def records(self) -> list[Record]:
+        """The complete cells, in the order of their settings."""
+        try:
+            found = [path.name for path in self.cells.iterdir() if not path.name.startswith(".")]
+        except OSError:
+            found = []
+        records = [record for name in found if (record := self.record(name))]
+        return sorted(
+            records,
+            key=lambda r: (
+                r.cell.dataset,
+                r.cell.ways,
+                r.cell.shots,
+                r.cell.algorithm,
+                r.cell.seed,
+            ),
+        )
+
+    def failures(self) -> dict[str, Any]:
+        """Why cells failed, by their id."""
+        try:
+            failures: dict[str, Any] = json.loads((self.folder / "failures.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return failures
+
+    def summary(self) -> pd.DataFrame:
+        """One row a cell, with the columns of :data:`SUMMARY_COLUMNS`."""
+        rows = [record.row() for record in self.records()]
+        for cell_id, failure in self.failures().items():
+            settings = failure["settings"]
+            rows.append(
+                settings | settings["hyperparameters"] | {"cell_id": cell_id, "status": "failed"}
+            )
+        return pd.DataFrame(rows).reindex(columns=list(SUMMARY_COLUMNS))
+
+    def scores(self, cell: Cell) -> pd.DataFrame:
+        """The episodes of a complete cell: ``episode``, ``step``, ``loss``, ``metric``."""
+        return pd.read_parquet(self.cells / cell.id / SCORES)
+
+
+def source_hash(plugin: Path | None = None) -> str:
+    """A hash of the code that decides a cell's figures: the algorithms, the datasets and the
+    harness's own training, protocol and measurement, and a plug-in."""
+    home = Path(__file__).resolve().parent
+    decisive = [home / f"{name}.py" for name in ("sweep", "training", "protocol", "measure")]
+    for package in ("algorithms", "datasets"):
+        decisive += sorted((home.parent / package).rglob("*.py"))
+    if plugin is not None:
+        decisive.append(plugin)
+    digest = hashlib.sha256()
+    for path in decisive:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def environment(sweep: Sweep) -> dict[str, Any]:
+    """What a result may depend on besides the code: versions, machine, threads, seeds."""
+    packages = ("torch", "higher", "numpy", "pandas", "scipy", "seaborn", "fewshot-bench")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in packages},
+        "commit": git_commit(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "seeds": sweep.seeds,
+        "eval_seed": sweep.eval_seed or 0,
+        "deterministic": {
+            "cpu": True,
+            "cuda": "not to the bit: atomic additions in cuDNN's and index kernels"
+            if gpus
+            else None,
+        },
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with ``+`` where it has changes; None outside one."""
+    import subprocess
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def to_json(value: Any) -> str:
+    """JSON for people: indented, and numbers as Python's own."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, np.generic):
+            return item.item()
+        raise TypeError(f"cannot write {type(item)} as JSON")
+
+    return json.dumps(value, indent=2, default=plain) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

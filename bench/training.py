@@ -1,0 +1,248 @@
+"""The meta-training loop of one cell: the same for every algorithm, and resumable to the bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import algorithms
+from algorithms import Algorithm, models
+from bench.errors import CellError
+from bench.protocol import after_last_step, evaluate
+from bench.sweep import Cell, stream_seed
+from datasets import EpisodeLoader, EpisodeSpec, Source
+
+CHECKPOINT_SECONDS = 10.0
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class Progress:
+    """What a training tells whoever watches, after each iteration."""
+
+    iteration: int
+    loss: float
+    metric: float
+    validation: float | None = None
+
+
+@dataclass
+class Log:
+    """What happened in each iteration so far, and in each validation."""
+
+    loss: list[float] = field(default_factory=list)
+    metric: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    val_iteration: list[int] = field(default_factory=list)
+    val_metric: list[float] = field(default_factory=list)
+
+    def frame(self) -> pd.DataFrame:
+        """Columns ``iteration`` (from 1), ``loss``, ``metric``, ``seconds`` and, where there was a
+        validation after the iteration, ``val_metric``."""
+        frame = pd.DataFrame(
+            {"loss": self.loss, "metric": self.metric, "seconds": self.seconds},
+            index=pd.RangeIndex(1, len(self.loss) + 1, name="iteration"),
+        )
+        frame["val_metric"] = pd.Series(self.val_metric, index=self.val_iteration, dtype="float64")
+        return frame.reset_index()
+
+
+def build(cell: Cell, source: Source) -> Algorithm:
+    """The cell's algorithm over its model, as they are before training."""
+    outputs = source.outputs or cell.ways
+    model_name = cell.model or models.usual(source.sample_shape)
+    seed = stream_seed("initialisation", cell.seed)
+    model = models.build(model_name, source.sample_shape, outputs, seed).to(cell.device)
+    return algorithms.create(cell.algorithm, model, **cell.hyperparameters)
+
+
+def train(
+    cell: Cell,
+    train_source: Source,
+    val_source: Source | None,
+    checkpoint: Path,
+    *,
+    source: str = "",
+    report: Callable[[Progress], None] = lambda progress: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> tuple[Algorithm, Log]:
+    """Meta-train, from the checkpoint if there is one.
+
+    Args:
+        cell: what to train.
+        train_source: the training split.
+        val_source: the validation split, which picks the parameters that are kept; without one
+            they are the last. The test split is nowhere in here.
+        checkpoint: written now and then, and when interrupted.
+        source: a hash of the code; a checkpoint made by other code is not gone on from.
+        report: is told of each iteration.
+        interrupted: asked after each iteration; True ends in ``KeyboardInterrupt``.
+
+    Returns:
+        The algorithm with the parameters that are kept, and the log.
+
+    Raises:
+        CellError: a loss that is not finite.
+    """
+    run = _Training(cell, build(cell, train_source), source)
+    run.restore(checkpoint)
+    spec = EpisodeSpec(
+        cell.dataset,
+        "train",
+        cell.ways,
+        cell.train_shots or cell.shots,
+        cell.test_shots,
+        stream_seed("training episodes", cell.seed),
+    )
+    batches = EpisodeLoader(train_source, spec, cell.meta_batch)
+    every = validation_interval(cell)
+    saved = time.monotonic()
+    for iteration in range(len(run.log.loss), cell.iterations):
+        progress = run.step(batches, iteration)
+        if val_source is not None and (
+            (iteration + 1) % every == 0 or iteration + 1 == cell.iterations
+        ):
+            progress.validation = run.validate(val_source, iteration)
+        report(progress)
+        stop = interrupted()
+        if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            run.save(checkpoint)
+            saved = time.monotonic()
+        if stop:
+            raise KeyboardInterrupt
+    run.save(checkpoint)
+    if run.best:
+        run.algorithm.model.load_state_dict(run.best)
+    return run.algorithm, run.log
+
+
+class _Training:
+    """The state of a training: all that a checkpoint holds."""
+
+    def __init__(self, cell: Cell, algorithm: Algorithm, source: str) -> None:
+        self.cell = cell
+        self.source = source
+        self.algorithm = algorithm
+        self.log = Log()
+        self.best: State = {}
+        kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        self.optimizer = kinds[cell.meta_optimizer](algorithm.parameters(), lr=cell.meta_lr)
+
+    def step(self, batches: EpisodeLoader, iteration: int) -> Progress:
+        """One meta-step: the outer optimizer on the meta-gradient of one batch."""
+        cell = self.cell
+        # What an algorithm draws itself (mini-batches, dropout) is a function of the iteration, so
+        # that a training that was interrupted draws the same.
+        torch.manual_seed(stream_seed("meta-step", cell.seed, iteration))
+        began = time.perf_counter()
+        scores = self.algorithm.meta_backward(batches[iteration])
+        if cell.meta_clip is not None:
+            nn.utils.clip_grad_value_(self.algorithm.parameters(), cell.meta_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = meta_lr(cell, iteration)
+        self.optimizer.step()
+        loss, metric = float(scores.loss.mean()), float(scores.metric.mean())
+        self.log.loss.append(loss)
+        self.log.metric.append(metric)
+        self.log.seconds.append(time.perf_counter() - began)
+        if not abs(loss) < float("inf"):
+            raise CellError(f"diverged: the loss is {loss} at iteration {iteration + 1}")
+        return Progress(iteration + 1, loss, metric)
+
+    def validate(self, source: Source, iteration: int) -> float:
+        """Score on validation episodes, and keep the parameters if they are the best so far."""
+        cell = self.cell
+        spec = EpisodeSpec(
+            cell.dataset, "val", cell.ways, cell.shots, cell.test_shots, cell.eval_seed
+        )
+        scores = evaluate(self.algorithm, source, spec, cell.val_episodes, cell.eval_steps)
+        metric = float(after_last_step(scores).mean())
+        better = max if source.outputs is None else min
+        if not self.log.val_metric or better(metric, *self.log.val_metric) == metric:
+            self.best = {n: v.clone() for n, v in self.algorithm.model.state_dict().items()}
+        self.log.val_iteration.append(iteration + 1)
+        self.log.val_metric.append(metric)
+        return metric
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
+        tensors: State = {}
+        for name, value in self.algorithm.model.state_dict().items():
+            tensors[f"model/{name}"] = value
+        for name, value in self.best.items():
+            tensors[f"best/{name}"] = value
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
+        for name, values in vars(self.log).items():
+            tensors[f"log/{name}"] = torch.tensor(values, dtype=torch.float64)
+        write_tensors(tensors, path, cell=self.cell.id, source=self.source)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint; one that cannot be read counts as none."""
+        try:
+            tensors = read_tensors(path, cell=self.cell.id, source=self.source)
+        except (OSError, SafetensorError, ValueError):
+            return
+        parts: dict[str, State] = {"model": {}, "best": {}, "optimizer": {}, "log": {}}
+        for key, value in tensors.items():
+            part, name = key.split("/", 1)
+            parts[part][name] = value
+        self.algorithm.model.load_state_dict(parts["model"])
+        self.best = {n: v.to(self.cell.device) for n, v in parts["best"].items()}
+        states: dict[int, State] = {}
+        for key, value in parts["optimizer"].items():
+            index, name = key.split("/", 1)
+            states.setdefault(int(index), {})[name] = value
+        whole = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": states, "param_groups": whole["param_groups"]})
+        log: dict[str, Any] = {name: value.tolist() for name, value in parts["log"].items()}
+        log["val_iteration"] = [int(i) for i in log["val_iteration"]]
+        self.log = Log(**log)
+
+
+def validation_interval(cell: Cell) -> int:
+    """Iterations between validations: four a training, unless told otherwise."""
+    return cell.val_every or max(1, cell.iterations // 4)
+
+
+def meta_lr(cell: Cell, iteration: int) -> float:
+    """The outer step size at an iteration (from 0) of the cell's schedule."""
+    done = iteration / cell.iterations
+    if cell.meta_schedule == "linear":
+        return cell.meta_lr * (1 - done)
+    if cell.meta_schedule == "cosine":
+        return cell.meta_lr * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+    return cell.meta_lr
+
+
+def write_tensors(tensors: State, path: Path, **notes: str) -> None:
+    """Write tensors and notes to a safetensors file, whole or not at all."""
+    aside = path.with_suffix(".part")
+    contiguous = {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
+    save_file(contiguous, aside, metadata={"notes": json.dumps(notes)})
+    aside.replace(path)
+
+
+def read_tensors(path: Path, **notes: str) -> State:
+    """Read what :func:`write_tensors` wrote.
+
+    Raises:
+        ValueError: the notes are other ones.
+    """
+    with safe_open(path, framework="pt") as file:
+        written = json.loads((file.metadata() or {}).get("notes", "{}"))
+        if written != notes:
+            raise ValueError(f"{path} belongs to {written}")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,112 @@
+"""Pictures from files to tensors; a picture that cannot be used is named."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from datasets.cache import cached
+from datasets.episodes import ClassSource, DatasetError
+
+SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+# Named, because Pillow would otherwise try every format it knows, and hand PostScript to
+# Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+VERSION = 1
+"""Part of what a cached result is known by: raise it when the pixels come out otherwise."""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def photographs(name: str, classes: Mapping[str, Sequence[Path]], size: int) -> ClassSource:
+    """A source of colour pictures from files, kept decoded between runs.
+
+    Args:
+        name: what the cached file is called after.
+        classes: the files of each class.
+        size: pixels a side.
+
+    Returns:
+        Samples uint8 ``(N, 3, size, size)``.
+
+    Raises:
+        DatasetError: a picture that cannot be used; the message has its path.
+    """
+    paths = [path for files in classes.values() for path in files]
+    identity = f"{name} {VERSION} {size} pillow {PIL.__version__}\n{fingerprint(paths)}"
+
+    def build() -> dict[str, Tensor]:
+        images = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
+        with bombs_refused(), ThreadPoolExecutor() as pool:
+            for index, pixels in enumerate(pool.map(partial(colour, size=size), paths)):
+                images[index] = torch.from_numpy(pixels)
+        return {"images": images}
+
+    counts = [len(files) for files in classes.values()]
+    return ClassSource(cached(name, identity, build)["images"], counts, list(classes))
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """What tells one state of these files from another: their names, sizes and times of change."""
+    states = ((path, path.stat()) for path in paths)
+    return "\n".join(f"{path}\t{state.st_size}\t{state.st_mtime_ns}" for path, state in states)
+
+
+@contextmanager
+def bombs_refused() -> Iterator[None]:
+    """Inside, :func:`decode` refuses any picture with so many pixels that Pillow warns of it.
+
+    Left to itself Pillow raises only from twice that number. Filters of warnings belong to the
+    whole process, so this goes around the threads that decode, not into them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def decode(source: Path | bytes, where: str) -> Image.Image:
+    """A picture, fully read.
+
+    Raises:
+        DatasetError: not a picture, or one cut short, corrupt or absurdly large; names ``where``.
+    """
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=FORMATS) as image:
+            image.load()
+            return image
+    except Exception as error:  # each format raises errors of its own over corrupt data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DatasetError(f"{where} cannot be read as a picture: {reason}") from error
+
+
+def colour(path: Path, size: int) -> Pixels:
+    """One file as uint8 ``(3, size, size)``.
+
+    The whole picture is squeezed into the square, as miniImageNet was made (Lanczos filter):
+    cropping would keep its proportions but cut off what may tell its class.
+    """
+    image = decode(path, str(path))
+    if image.mode.startswith(("I", "F")):
+        raise DatasetError(f"{path} has {image.mode} pixels; it must have 8 bits a channel")
+    image = ImageOps.exif_transpose(image)
+    if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+        # Converting alone would show what lies under the transparent parts, often black on black.
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

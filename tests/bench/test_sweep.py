@@ -1,0 +1,99 @@
+"""From what was asked to cells."""
+
+from pathlib import Path
+
+import pytest
+
+import algorithms
+from bench.errors import BenchError
+from bench.sweep import Sweep, read_sweep, stream_seed
+
+
+def cells(**asked):
+    return read_sweep(None, {"devices": "cpu"} | asked).cells()
+
+
+def test_the_grid_has_a_cell_for_every_combination() -> None:
+    found = cells(algos="maml,fomaml", shots="1,5", seeds="0,1,2")
+    assert len({cell.id for cell in found}) == 12
+    assert {(c.algorithm, c.shots, c.seed) for c in found} == {
+        (a, k, s) for a in ("maml", "fomaml") for k in (1, 5) for s in (0, 1, 2)
+    }
+
+
+def test_cells_that_are_compared_stand_side_by_side() -> None:
+    found = cells(algos="maml,fomaml,anil", shots="1,5")
+    assert [c.algorithm for c in found[:3]] == ["maml", "fomaml", "anil"]
+    assert len({c.setting for c in found[:3]}) == 1
+
+
+def test_command_line_comes_before_the_file_and_the_file_before_the_algorithms_defaults(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text("algos = ['reptile']\ninner_lr = 0.5\niterations = 7\ndevices = ['cpu']\n")
+    (cell,) = read_sweep(file, {"iterations": "9"}).cells()
+    assert cell.iterations == 9
+    assert cell.hyperparameters["inner_lr"] == 0.5
+    assert cell.meta_optimizer == "sgd"  # Reptile's own
+
+
+def test_an_algorithms_defaults_depend_on_the_dataset() -> None:
+    (sinusoid,), (glyphs,) = cells(algos="maml", datasets="sinusoid"), cells(algos="maml")
+    assert sinusoid.hyperparameters["inner_lr"] == 0.01
+    assert glyphs.hyperparameters["inner_lr"] != 0.01
+
+
+def test_a_cells_id_changes_with_every_setting_and_with_nothing_else(cell) -> None:
+    changed = [
+        cell.model_copy(update={"seed": 1}),
+        cell.model_copy(update={"meta_lr": 0.002}),
+        cell.model_copy(update={"hyperparameters": cell.hyperparameters | {"inner_lr": 0.1}}),
+    ]
+    assert len({cell.id, *(c.id for c in changed)}) == 4
+    assert cell.model_copy().id == cell.id
+
+
+def test_training_shots_are_the_evaluations_unless_they_differ() -> None:
+    (maml,), (reptile,) = cells(algos="maml", shots="5"), cells(algos="reptile", shots="5")
+    assert maml.train_shots == 5
+    assert reptile.train_shots == 10
+    assert cells(algos="reptile", train_shots="15")[0].train_shots == 15
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"algos": "mamml"}, "no algorithm is called 'mamml'; did you mean 'maml'"),
+        ({"datasets": "glyph"}, "no dataset is called 'glyph'; did you mean 'glyphs'"),
+        ({"shots": "0"}, "shots: input should be greater than or equal to 1"),
+        ({"shots": "one"}, "shots: 'one' is not an integer"),
+        ({"shots": ""}, "shots"),
+        ({"seeds": "-1"}, "seeds: input should be greater than or equal to 0"),
+        ({"meta_lr": "-1"}, "meta-lr"),
+        ({"meta_lr": "nan"}, "meta-lr"),
+        ({"iterations": "many"}, "iterations"),
+        ({"hyperparameters": {"iner_lr": 1}}, "did you mean 'inner_lr'"),
+    ],
+)
+def test_what_cannot_be_is_named(asked: dict, message: str) -> None:
+    with pytest.raises((BenchError, algorithms.AlgorithmError, ValueError), match=message):
+        cells(**asked)
+
+
+def test_an_unknown_key_in_a_file_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text("shot = [1]\n")
+    with pytest.raises(BenchError, match="no setting 'shot'; did you mean 'shots'"):
+        read_sweep(file, {})
+
+
+def test_streams_are_apart() -> None:
+    seeds = {stream_seed(p, s) for p in ("initialisation", "training episodes") for s in range(50)}
+    assert len(seeds) == 100
+
+
+def test_a_sweep_written_down_asks_for_the_same_cells() -> None:
+    sweep = Sweep(algos=["maml"], shots=[1, 5], devices=["cpu"], inner_lr=0.2)
+    again = Sweep(**sweep.model_dump(mode="json", exclude_none=True))
+    assert [c.id for c in again.cells()] == [c.id for c in sweep.cells()]

@@ -1,0 +1,139 @@
+"""Meta-training: the same bits whenever it is run, and however often it is interrupted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import datasets
+from bench.errors import CellError
+from bench.sweep import Cell
+from bench.training import meta_lr, read_tensors, train
+
+
+@pytest.fixture
+def splits() -> list[datasets.Source]:
+    return [datasets.get("tiny")().load(split) for split in ("train", "val")]
+
+
+def weights(algorithm) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in algorithm.parameters()])
+
+
+def interrupted_after(*iterations: int):
+    """A question that is answered by yes once at each of these iterations."""
+    seen = {"now": 0}
+
+    def ask() -> bool:
+        seen["now"] += 1
+        return seen["now"] in iterations
+
+    return ask
+
+
+def test_the_same_cell_twice_gives_the_same_bits(cell: Cell, splits, tmp_path: Path) -> None:
+    first, log = train(cell, *splits, tmp_path / "a")
+    again, log_again = train(cell, *splits, tmp_path / "b")
+    assert torch.equal(weights(first), weights(again))
+    assert log.loss == log_again.loss
+    assert log.val_metric == log_again.val_metric
+
+
+@pytest.mark.parametrize("name", ["maml", "reptile"])
+def test_an_interrupted_training_goes_on_to_the_same_bits(
+    name: str, cell: Cell, splits, tmp_path: Path
+) -> None:
+    own = {"inner_batch": 3, "inner_steps": 2, "inner_optimizer": "adam", "inner_lr": 0.01}
+    if name == "reptile":  # draws mini-batches of its own
+        update = {"algorithm": name, "hyperparameters": cell.hyperparameters | own}
+        cell = cell.model_copy(update=update)
+    undisturbed, log = train(cell, *splits, tmp_path / "undisturbed")
+    for stop in (7, 1, 12):
+        with pytest.raises(KeyboardInterrupt):
+            train(cell, *splits, tmp_path / "state", interrupted=interrupted_after(stop))
+    resumed, log_resumed = train(cell, *splits, tmp_path / "state")
+    assert torch.equal(weights(undisturbed), weights(resumed))
+    assert log.loss == log_resumed.loss
+    assert log.val_metric == log_resumed.val_metric
+    assert log.val_iteration == log_resumed.val_iteration == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_checkpoint_that_cannot_be_read_counts_as_none(
+    cell: Cell, splits, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        train(cell, *splits, state, interrupted=interrupted_after(7))
+    state.write_bytes(state.read_bytes()[:200])
+    resumed, _ = train(cell, *splits, state)
+    assert torch.equal(weights(resumed), weights(train(cell, *splits, tmp_path / "other")[0]))
+
+
+def test_a_checkpoint_of_other_code_is_not_gone_on_from(cell: Cell, splits, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(cell, *splits, tmp_path / "s", source="old", interrupted=interrupted_after(7))
+    seen: list[int] = []
+    train(cell, *splits, tmp_path / "s", source="new", report=lambda p: seen.append(p.iteration))
+    assert seen[0] == 1
+
+
+def test_validation_picks_the_parameters_that_are_kept(cell: Cell, splits, tmp_path: Path) -> None:
+    # An outer step so large that the network gets worse: the best are not the last.
+    wild = cell.model_copy(update={"meta_lr": 3.0})
+    algorithm, log = train(wild, *splits, tmp_path / "state")
+    state = read_tensors(tmp_path / "state", cell=wild.id, source="")
+    kept = {n.removeprefix("best/"): v for n, v in state.items() if n.startswith("best/")}
+    assert all(torch.equal(v, kept[n]) for n, v in algorithm.model.state_dict().items())
+    last = {n.removeprefix("model/"): v for n, v in state.items() if n.startswith("model/")}
+    best_was_last = log.val_metric[-1] == max(log.val_metric)
+    assert best_was_last == all(torch.equal(kept[n], last[n]) for n in kept)
+
+
+def test_without_a_validation_split_the_last_parameters_are_kept(
+    cell: Cell, splits, tmp_path: Path
+) -> None:
+    algorithm, log = train(cell, splits[0], None, tmp_path / "state")
+    state = read_tensors(tmp_path / "state", cell=cell.id, source="")
+    assert log.val_metric == []
+    for name, value in algorithm.model.state_dict().items():
+        assert torch.equal(value, state[f"model/{name}"])
+
+
+def test_training_lowers_the_loss(cell: Cell, splits, tmp_path: Path) -> None:
+    longer = cell.model_copy(update={"iterations": 80, "val_every": 80})
+    _, log = train(longer, *splits, tmp_path / "state")
+    assert sum(log.loss[-10:]) < 0.8 * sum(log.loss[:10])
+
+
+def test_a_loss_that_is_no_number_ends_the_cell_and_names_the_iteration(
+    cell: Cell, splits, tmp_path: Path
+) -> None:
+    broken = cell.model_copy(update={"algorithm": "diverging"})
+    with pytest.raises(CellError, match="diverged: the loss is nan at iteration 1"):
+        train(broken, *splits, tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", (1.0, 1.0, 1.0)),
+        ("linear", (1.0, 0.5, 0.1)),
+        ("cosine", (1.0, 0.5, 0.0245)),
+    ],
+)
+def test_schedules_of_the_outer_step(cell: Cell, schedule: str, expected: tuple) -> None:
+    scheduled = cell.model_copy(
+        update={"meta_schedule": schedule, "meta_lr": 1.0, "iterations": 10}
+    )
+    found = [meta_lr(scheduled, i) for i in (0, 5, 9)]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_initialisation_does_not_depend_on_the_algorithm(cell: Cell, splits) -> None:
+    from bench.training import build
+
+    other = cell.model_copy(update={"algorithm": "fomaml"})
+    seeded = cell.model_copy(update={"seed": 1})
+    start = weights(build(cell, splits[0]))
+    assert torch.equal(start, weights(build(other, splits[0])))
+    assert not torch.equal(start, weights(build(seeded, splits[0])))
