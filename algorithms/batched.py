@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.batched_layers import (
+    FixedPart,
     TaskBatchNorm,
     TaskChannelNorm,
     TaskConv,
@@ -26,7 +27,7 @@ from algorithms.batched_layers import (
 )
 from algorithms.inner_loop import Fast, InnerLoop, Tasks, UnsupportedError
 from algorithms.losses import task_losses
-from algorithms.normalisation import EpisodicBatchNorm
+from algorithms.normalisation import EpisodicBatchNorm, Statistics
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskLayer]] = {
     nn.Linear: TaskLinear,
@@ -42,9 +43,10 @@ LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskL
 }
 
 
-PASS_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
-"""Elements that the widest activation of a pass may have: more tasks leave the processor's cache,
-or fill the device's memory, and gain nothing."""
+PASS_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+"""Elements that the support set's widest activation may have in a pass: more tasks leave the
+processor's cache, or fill the device's memory, and gain nothing. The query set's, which is not
+differentiated twice, may have sixteen times as many."""
 
 
 class BatchedInnerLoop(InnerLoop):
@@ -60,21 +62,28 @@ class BatchedInnerLoop(InnerLoop):
         super().__init__(model, adapted, **settings)
         self._weights = TaskWeights()
         self.norm.model = _batched(self.norm.model, self.parameters, self._weights)
+        self._fixed = _fixed_parts(self.norm.model, set(self.adapted), self.norm.statistics)
         self._widest = 0
 
     def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
         fast = self._initial(len(tasks), create_graph=create_graph)
         rule = _Adam(self.lr) if self.optimizer == "adam" else _SGD(self.lr)
-        yield fast
-        for step in range(steps):
-            inputs, targets = tasks.support_inputs, tasks.support_targets
-            if tasks.minibatches is not None:
-                each = torch.arange(len(tasks), device=inputs.device)[:, None]
-                chosen = tasks.minibatches[:, step]
-                inputs, targets = inputs[each, chosen], targets[each, chosen]
-            losses = task_losses(self._forward(fast, inputs), targets)
-            fast = fast | self._stepped(fast, losses.sum(), rule, create_graph)
+        self._weights.remember = True
+        try:
             yield fast
+            for step in range(steps):
+                inputs, targets = tasks.support_inputs, tasks.support_targets
+                if tasks.minibatches is not None:
+                    each = torch.arange(len(tasks), device=inputs.device)[:, None]
+                    chosen = tasks.minibatches[:, step]
+                    inputs, targets = inputs[each, chosen], targets[each, chosen]
+                losses = task_losses(self._forward(fast, inputs), targets)
+                fast = fast | self._stepped(fast, losses.sum(), rule, create_graph)
+                yield fast
+        finally:
+            self._weights.remember = False
+            for part in self._fixed:
+                part.forget()
 
     def query(self, fast: Fast, tasks: Tasks) -> Tensor:
         support, query = tasks.support_inputs, tasks.query_inputs
@@ -102,10 +111,10 @@ class BatchedInnerLoop(InnerLoop):
         if not self._widest:
             self._widest = self._vetted_width(tasks)
         support, query = tasks.support_inputs.shape[1], tasks.query_inputs.shape[1]
-        samples = max(support, query)
         if self.norm.layers and self.norm.mode == "single":
-            samples = query * (support + 1)
+            query *= support + 1
         elements = PASS_ELEMENTS.get(tasks.support_inputs.device.type, PASS_ELEMENTS["cuda"])
+        samples = max(support, -(-query // 16))
         self.tasks_per_pass = max(1, elements // (samples * self._widest))
 
     def _vetted_width(self, tasks: Tasks) -> int:
@@ -269,6 +278,20 @@ def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeigh
         return made
 
     return replace(model, "")
+
+
+def _fixed_parts(module: nn.Module, adapted: set[str], statistics: Statistics) -> list[FixedPart]:
+    """The largest parts of a model that do not adapt, their forwards replaced."""
+    parts = []
+    for child in module.children():
+        layers = [each for each in child.modules() if isinstance(each, TaskLayer)]
+        if layers and all(adapted.isdisjoint(layer.names.values()) for layer in layers):
+            part = FixedPart(child, statistics)
+            child.forward = part
+            parts.append(part)
+        else:
+            parts += _fixed_parts(child, adapted, statistics)
+    return parts
 
 
 def _check_settings(layer: nn.Module, path: str) -> None:

@@ -22,11 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from algorithms.normalisation import EpisodicBatchNorm
+from algorithms.normalisation import EpisodicBatchNorm, Statistics
 
 NATIVE_FROM = 600_000
 """Elements in a task's patches from which a native convolution a task beats one batched product of
 patches: by then patches leave the cache, and a task is work enough for a call of its own."""
+
+BLOCK_ELEMENTS = 2**20
+"""Elements of an intermediate result that is summed at once: larger ones leave the cache, and the
+memory for the largest is fetched anew from the system at each use."""
 
 
 class TaskWeights:
@@ -36,12 +40,14 @@ class TaskWeights:
         fast: every parameter by its name in the model, ``(tasks, *shape)``.
         tasks: how many tasks the batch is made of, side by side.
         channels_last: layers over channels may leave their outputs in channels-last memory.
+        remember: keep what the parts that do not adapt make of data; see :class:`FixedPart`.
     """
 
     def __init__(self) -> None:
         self.fast: dict[str, Tensor] = {}
         self.tasks = 1
         self.channels_last = True
+        self.remember = False
 
     def laid_out(self, channels_first: Tensor) -> Tensor:
         """A layer's output, copied where its memory may not be channels-last."""
@@ -227,6 +233,52 @@ class TaskEmbedding(TaskLayer):
         first = torch.arange(0, tasks * rows, rows, device=inputs.device)
         indices = inputs.view(tasks, -1) + first[:, None]
         return F.embedding(indices, weight.reshape(tasks * rows, -1)).view(*inputs.shape, -1)
+
+
+class FixedPart:
+    """A forward of layers none of which adapts: between inner steps its features do not change.
+
+    While ``weights.remember`` is set, its outputs for data (inputs that no parameter is behind) are
+    kept for the next step, for the support set and for the query set.
+    """
+
+    kept_at_most = 2
+
+    def __init__(self, part: nn.Module, statistics: Statistics) -> None:
+        layers = [layer for layer in part.modules() if isinstance(layer, TaskLayer)]
+        self.forward: Callable[[Tensor], Tensor] = part.forward
+        self.weights = layers[0].weights
+        self.names = [name for layer in layers for name in layer.names.values()]
+        self.statistics = statistics
+        self.kept: list[tuple[Any, list[Tensor], Tensor]] = []
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        given, fast = self.statistics, self.weights.fast
+        if not self.weights.remember or given.gather or inputs.requires_grad:
+            return self.forward(inputs)
+        used = [inputs, *(fast[name] for name in self.names)]
+        # Data is told by where it lies, which cannot pass to other data while it is kept.
+        where = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs._version)
+        key = (*where, given.groups, given.counted, given.running, torch.is_grad_enabled())
+        for kept_key, kept_used, outputs in self.kept:
+            same = zip(kept_used[1:], used[1:], strict=True)
+            if kept_key == key and all(one is other for one, other in same):
+                return outputs
+        before = _generator_state(inputs.device)
+        outputs = self.forward(inputs)
+        if torch.equal(before, _generator_state(inputs.device)):  # no noise such as dropout's
+            self.kept = [*self.kept, (key, used, outputs)][-self.kept_at_most :]
+        return outputs
+
+    def forget(self) -> None:
+        """Let go of what was kept."""
+        self.kept = []
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
 
 
 def products(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -442,9 +494,10 @@ class Standardise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        centred = rows - rows.mean(1, keepdim=True)
-        scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)
-        standard = centred.mul_(scale)
+        mean = rows.mean(1, keepdim=True)
+        var = _mean_over_rows(lambda part: (part - mean).square_(), rows)
+        scale = torch.rsqrt(var + eps)
+        standard = (rows - mean).mul_(scale)
         ctx.save_for_backward(standard, scale)
         ctx.set_materialize_grads(False)
         return standard, scale
@@ -471,7 +524,7 @@ class StandardiseBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, standard: Tensor, scale: Tensor) -> Tensor:
-        along = (gradient * standard).mean(1, keepdim=True)
+        along = _mean_over_rows(torch.mul, gradient, standard)
         ctx.save_for_backward(gradient, standard, scale, along)
         rows = torch.addcmul(-scale * gradient.mean(1, keepdim=True), gradient, scale)
         return rows.addcmul_(standard, -scale * along)
@@ -481,7 +534,15 @@ class StandardiseBackward(torch.autograd.Function):
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradient, standard, scale, along = ctx.saved_tensors
         to_gradient: Tensor = StandardiseBackward.apply(u, standard, scale)  # type: ignore[no-untyped-call]
-        u_along = (u * standard).mean(1, keepdim=True)
+        u_along = _mean_over_rows(torch.mul, u, standard)
         to_standard = (u * (-scale * along)).addcmul_(gradient, -scale * u_along)
         to_scale = (to_gradient * gradient).sum(1, keepdim=True) / scale
         return to_gradient, to_standard, to_scale
+
+
+def _mean_over_rows(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """The mean over dimension 1 of an elementwise function, in blocks that stay in the cache."""
+    tasks, rows, channels = operands[0].shape
+    block = max(1, BLOCK_ELEMENTS // (tasks * channels))
+    parts = zip(*(operand.split(block, dim=1) for operand in operands), strict=True)
+    return torch.stack([function(*part).sum(1, keepdim=True) for part in parts]).sum(0) / rows

@@ -2,13 +2,7 @@
 
 import sys
 
-try:
-    from bench.cli import main
-except ImportError as error:
-    if "another package called 'datasets'" not in str(error):
-        raise
-    print(f"bench: {error}", file=sys.stderr)
-    sys.exit(2)
+from bench.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -38,6 +38,9 @@ EPISODES = 5
 """Evaluation episodes in one repeat."""
 STEP = "meta_step"
 EVALUATION = "evaluation"
+CALIBRATION = "calibration"
+PHASES = (STEP, CALIBRATION, EVALUATION)
+CALIBRATION_SIDE = 512
 PATIENCE_SECONDS = 600.0
 
 
@@ -97,6 +100,14 @@ def meter_for(device: str) -> Meter:
     return Meter()
 
 
+def calibrate(device: str) -> None:
+    """A fixed amount of work that owes nothing to this project's code: matrix products and
+    elementwise passes, whose rate tells one machine, or one moment of it, from another."""
+    matrix = torch.full((CALIBRATION_SIDE, CALIBRATION_SIDE), 0.5, device=device)
+    for _ in range(8):
+        matrix = torch.tanh(matrix @ matrix / CALIBRATION_SIDE)
+
+
 class Subject:
     """One cell, ready to be measured in this process."""
 
@@ -120,8 +131,10 @@ class Subject:
         began = time.perf_counter()
         if phase == STEP:
             self.algorithm.meta_backward(self.batches[repeat])
-        else:
+        elif phase == EVALUATION:
             evaluate(self.algorithm, self.source, self.eval_spec, EPISODES, self.cell.eval_steps)
+        else:
+            calibrate(self.cell.device)
         self.meter.stop()
         return {
             "phase": phase,
@@ -145,8 +158,8 @@ def measure(
     """Measure cells that are compared with one another, taking turns.
 
     Returns:
-        For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes)
-        and repeat, with columns ``phase``, ``repeat``, ``seconds``, ``process_seconds``,
+        For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes,
+        ``calibration``) and repeat, with columns ``phase``, ``repeat``, ``seconds``, ``process_seconds``,
         ``peak_bytes``, ``flops`` and ``session``, which is the same for cells that took turns.
 
     Raises:
@@ -155,14 +168,14 @@ def measure(
     rows: list[list[dict[str, Any]]] = [[] for _ in cells]
     with ExitStack() as stack:
         subjects = [stack.enter_context(_subject(cell, root, plugin)) for cell in cells]
-        for phase in (STEP, EVALUATION):
-            for repeat in range(-WARM_UP, REPEATS):
-                for subject, found in zip(subjects, rows, strict=True):
+        for repeat in range(-WARM_UP, REPEATS):
+            for subject, found in zip(subjects, rows, strict=True):
+                for phase in PHASES:
                     row = _ask(subject, "once", phase, repeat + WARM_UP)
                     if repeat >= 0:
                         found.append(row | {"repeat": repeat})
         for subject, found in zip(subjects, rows, strict=True):
-            flops = {phase: _ask(subject, "flops", phase) for phase in (STEP, EVALUATION)}
+            flops = {phase: _ask(subject, "flops", phase) for phase in PHASES}
             found[:] = [row | {"flops": flops[row["phase"]]} for row in found]
     session = secrets.token_hex(4)
     return [pd.DataFrame(found).assign(session=session) for found in rows]

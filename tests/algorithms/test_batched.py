@@ -258,6 +258,32 @@ def test_a_view_of_a_convolutions_output_works() -> None:
     assert verify("maml", Viewed(), derivation.make_batch(), settings) < 1e-10
 
 
+def test_features_that_do_not_adapt_are_made_once() -> None:
+    class Counted(nn.Module):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return F.dropout(self.layer(x), self.noise, self.training)
+
+    model = nn.Sequential(Counted(), nn.Linear(5, 3)).double()
+    anil = algorithms.create("anil", model, inner_steps=4, engine="batched")
+    batch = make_batch((4,))
+    for noise, in_training in ((0.0, 2), (0.5, 5)):  # noise is drawn anew in every step
+        Counted.noise = noise
+        anil.evaluate(batch)
+        Counted.calls = 0
+        anil.evaluate(batch)
+        assert Counted.calls == 2
+        Counted.calls = 0
+        anil.meta_backward(batch)
+        assert Counted.calls == in_training
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_nothing_outlives_a_step(name: str) -> None:
     model, batch = make_model(), derivation.make_batch()

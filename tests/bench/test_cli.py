@@ -1,0 +1,219 @@
+"""The command line as a user meets it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench.store import SUMMARY_COLUMNS, Run
+from tests.bench.conftest import QUICK, TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "bench", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_a_sweep_ends_in_a_table_a_plot_and_a_folder_of_results(bench, tmp_path: Path) -> None:
+    status, out, err = bench("run", "--algos", "maml,reptile", "--shots", "1,2", *QUICK)
+    assert (status, err) == (0, "")
+    assert "± is the 95% interval over test episodes" in out
+    (folder,) = (tmp_path / "results").iterdir()
+    summary = pd.read_csv(folder / "summary.csv")
+    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    assert len(summary) == 4
+    assert set(summary["status"]) == {"complete"}
+    assert summary["mean"].between(0.2, 1).all()
+    assert (summary["step_ms"] > 0).all()
+    assert (summary["step_gflops"] > 0).all()
+    for cell_id in summary["cell_id"]:
+        assert sorted(path.name for path in (folder / "cells" / cell_id).iterdir()) == [
+            "cell.json",
+            "checkpoint.safetensors",
+            "episodes.parquet",
+            "performance.parquet",
+            "training.parquet",
+        ]
+    assert (folder / "figures" / "accuracy.png").stat().st_size > 5_000
+    assert (folder / "figures" / "accuracy.svg").read_text().startswith("<?xml")
+    assert (folder / "environment.json").exists()
+
+    # The same command again has nothing to do, and a sweep.toml asks for the same run.
+    status, again, _ = bench("run", "--algos", "maml,reptile", "--shots", "1,2", *QUICK)
+    assert status == 0
+    assert "4 of 4 cells are done already" in again
+    status, out, _ = bench("run", "--config", str(folder / "sweep.toml"))
+    assert status == 0
+    assert "4 of 4 cells are done already" in out
+
+
+def test_algorithms_are_scored_on_the_same_episodes_and_timed_in_turns(
+    bench, tmp_path: Path
+) -> None:
+    bench("run", "--algos", "maml,fomaml", *QUICK, "--out", "r")
+    run = Run(tmp_path / "r")
+    records = run.records()
+    assert len({record.figures["episode_address"] for record in records}) == 1
+    sessions = [
+        pd.read_parquet(run.cells / record.cell.id / "performance.parquet")["session"].unique()
+        for record in records
+    ]
+    assert sessions[0].tolist() == sessions[1].tolist()
+
+
+def test_a_dry_run_prints_the_cells_and_writes_nothing(bench, tmp_path: Path) -> None:
+    status, out, _ = bench("run", "--algos", "maml", "--shots", "1,2", *QUICK, "--dry-run")
+    assert status == 0
+    assert "2 cells, about" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(bench, tmp_path: Path) -> None:
+    status, out, _ = bench("run", "--algos", "diverging,maml", *QUICK, "--out", "r")
+    assert status == 1
+    assert "diverged: the loss is nan at iteration 1" in out
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index("algorithm")
+    assert summary.loc["maml", "status"] == "complete"
+    assert summary.loc["diverging", "status"] == "failed"
+    assert pd.isna(summary.loc["diverging", "mean"])
+
+
+def test_a_damaged_cell_is_made_again(bench, tmp_path: Path) -> None:
+    bench("run", "--algos", "maml", *QUICK, "--out", "r")
+    (cell,) = (tmp_path / "r" / "cells").iterdir()
+    before = pd.read_parquet(cell / "episodes.parquet")
+    (cell / "cell.json").write_text("{")
+    status, _, _ = bench("run", "--algos", "maml", *QUICK, "--out", "r")
+    assert status == 0
+    assert pd.read_parquet(cell / "episodes.parquet").equals(before)
+
+
+def test_cells_of_changed_code_are_not_mixed_in_silence(bench, tmp_path: Path, monkeypatch) -> None:
+    bench("run", "--algos", "maml", *QUICK, "--out", "r")
+    monkeypatch.setattr("bench.runner.source_hash", lambda plugin: "other")
+    arguments = ("run", "--algos", "maml,fomaml", *QUICK, "--out", "r")
+    status, _, err = bench(*arguments)
+    assert status == 2
+    assert "cells made by different source code" in err
+    assert bench(*arguments, "--accept-changed-code")[0] == 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, stop: int) -> None:
+    arguments = ("run", "--algos", "maml", *QUICK, "--iterations", "400")
+    undisturbed = start(*arguments, "--out", "whole", cwd=tmp_path)
+    assert undisturbed.wait() == 0
+    process = start(*arguments, "--out", "cut", cwd=tmp_path)
+    cells = tmp_path / "cut" / "cells"
+    deadline = time.monotonic() + 60
+    while not list(cells.glob(".*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(stop)
+    out, _ = process.communicate()
+    assert process.returncode == 130
+    assert "the same command goes on from here" in out
+    assert not Run(tmp_path / "cut").records()
+    assert start(*arguments, "--out", "cut", cwd=tmp_path).wait() == 0
+    (whole,), (cut,) = Run(tmp_path / "whole").records(), Run(tmp_path / "cut").records()
+    assert cut.figures["mean"] == whole.figures["mean"]
+    for name in ("episodes.parquet", "checkpoint.safetensors"):
+        files = [tmp_path / run / "cells" / whole.cell.id / name for run in ("whole", "cut")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--algos", "mamml"), "no algorithm is called 'mamml'; did you mean 'maml'?"),
+        (("--shots", "0"), "shots: input should be greater than or equal to 1 (got 0)"),
+        (("--seeds", "-1"), "seeds: input should be greater than or equal to 0 (got -1)"),
+        (("--ways", "13"), "13 ways were asked for; tiny has in its train split 12 classes"),
+        (("--shots", "18"), "need 23 samples a class; tiny has in its train split a class with 20"),
+        (("--devices", "cuda:7"), "there is no device 'cuda:7'; there are cpu"),
+        (("--devices", "abacus"), "there is no device 'abacus'"),
+        (("--norm", "layer"), "norm is 'layer'; it must be one of transductive"),
+        (("--engine", "steam"), "engine is 'steam'; it must be one of auto"),
+        (("--model", "resnet"), "no model is called 'resnet'"),
+        (("--datasets", "omniglot", "--data-root", "nowhere"), "nowhere"),
+        (("--config", "absent.toml"), "cannot read absent.toml"),
+        (("--plugin", "absent.py"), "absent.py is not a Python file"),
+        (("--out", "/proc/nowhere"), "cannot write to /proc/nowhere"),
+        (("--iteration", "5"), "No such option: --iteration"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
+    bench, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    status, out, err = bench("run", "--algos", "maml", *QUICK, *arguments)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_left_alone(bench, tmp_path: Path) -> None:
+    import filelock
+
+    (tmp_path / "r").mkdir()
+    with filelock.FileLock(tmp_path / "r" / ".lock"):
+        status, _, err = bench("run", "--algos", "maml", *QUICK, "--out", "r")
+    assert status == 2
+    assert "is in use by another run" in err
+
+
+@pytest.mark.parametrize("kind", ["algorithms", "datasets"])
+def test_lists_name_everything(bench, kind: str) -> None:
+    status, out, _ = bench("list", kind)
+    assert status == 0
+    expected = ("maml", "fomaml", "reptile", "anil")
+    for name in expected if kind == "algorithms" else ("glyphs", "omniglot", "sinusoid"):
+        assert name in out
+
+
+def test_help_teaches(bench) -> None:
+    status, out, _ = bench("run", "--help")
+    assert status == 0
+    assert "python -m bench run --algos maml,fomaml --shots 1,5" in out
+    for option in ("--algos", "--shots", "--seeds", "--config", "--out", "--dry-run"):
+        assert option in out
+
+
+def test_another_package_called_datasets_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").write_text("def load_dataset(): ...\n")
+    process = start("list", "datasets", cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "another package called 'datasets' is in the way" in err
+    program = [sys.executable, "-c", "import bench.sweep"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
+    assert "ImportError: another package called 'datasets' is in the way" in done.stderr
+
+
+def test_plugins_bring_algorithms_and_datasets(bench) -> None:
+    status, out, _ = bench(
+        "run", "--plugin", str(TINY), "--algos", "maml", "--datasets", "tiny", *QUICK, "--dry-run"
+    )
+    assert status == 0
+    assert "maml tiny" in out
+
+
+def test_a_plugin_that_fails_is_named(bench, tmp_path: Path) -> None:
+    plugin = tmp_path / "broken.py"
+    plugin.write_text("1 / 0\n")
+    status, _, err = bench("run", *QUICK, "--plugin", str(plugin))
+    assert status == 2
+    assert "broken.py fails: ZeroDivisionError" in err

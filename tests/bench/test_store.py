@@ -1,0 +1,101 @@
+"""A run's folder: whole cells or none."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench.errors import BenchError
+from bench.store import SUMMARY_COLUMNS, Run, environment, source_hash
+from bench.sweep import Cell, Sweep
+
+FIGURES = {"metric": "accuracy", "mean": 0.5, "ci95": 0.01, "engine": "higher"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run(tmp_path / "run")
+    run.start(Sweep(devices=["cpu"])).release()
+    return run
+
+
+def finish(run: Run, cell: Cell) -> None:
+    workplace = run.workplace(cell)
+    for name in ("episodes.parquet", "training.parquet", "checkpoint.safetensors"):
+        (workplace / name).write_text("stands for data")
+    run.complete(cell, "source", FIGURES)
+
+
+def test_a_cell_appears_only_when_it_is_complete(run: Run, cell: Cell) -> None:
+    workplace = run.workplace(cell)
+    assert run.records() == []
+    finish(run, cell)
+    assert [record.cell for record in run.records()] == [cell]
+    assert not workplace.exists()
+
+
+@pytest.mark.parametrize("name", ["cell.json", "episodes.parquet", "checkpoint.safetensors"])
+def test_a_cell_with_a_file_gone_or_empty_does_not_count(run: Run, cell: Cell, name: str) -> None:
+    finish(run, cell)
+    (run.cells / cell.id / name).write_bytes(b"")
+    assert run.record(cell.id) is None
+    (run.cells / cell.id / name).unlink()
+    assert run.record(cell.id) is None
+    finish(run, cell)
+    assert run.record(cell.id) is not None
+
+
+def test_a_cell_whose_settings_were_edited_does_not_count(run: Run, cell: Cell) -> None:
+    finish(run, cell)
+    path = run.cells / cell.id / "cell.json"
+    written = json.loads(path.read_text())
+    written["settings"]["seed"] = 7
+    path.write_text(json.dumps(written))
+    assert run.record(cell.id) is None
+
+
+def test_the_summary_has_the_contracts_columns_and_leaves_empty_what_was_not_measured(
+    run: Run, cell: Cell
+) -> None:
+    finish(run, cell)
+    summary = run.write_summary()
+    assert tuple(summary.columns) == SUMMARY_COLUMNS
+    row = summary.iloc[0]
+    assert (row["algorithm"], row["mean"], row["inner_steps"]) == ("maml", 0.5, 1)
+    assert pd.isna(row["peak_memory_bytes"])
+    again = pd.read_parquet(run.folder / "summary.parquet")
+    assert again["cell_id"].tolist() == [cell.id]
+    assert pd.read_csv(run.folder / "summary.csv")["cell_id"].tolist() == [cell.id]
+
+
+def test_a_failure_is_noted_and_forgotten_once_the_cell_is_complete(run: Run, cell: Cell) -> None:
+    run.fail(cell, "diverged")
+    assert run.summary()["status"].tolist() == ["failed"]
+    finish(run, cell)
+    assert run.summary()["status"].tolist() == ["complete"]
+
+
+def test_one_run_at_a_time_uses_a_folder(run: Run) -> None:
+    with (
+        run.start(Sweep(devices=["cpu"])),
+        pytest.raises(BenchError, match="in use by another run"),
+    ):
+        Run(run.folder).start(Sweep(devices=["cpu"]))
+
+
+def test_the_environment_names_what_a_result_may_depend_on() -> None:
+    found = environment(Sweep(devices=["cpu"], seeds=[3, 4]))
+    assert found["seeds"] == [3, 4]
+    assert set(found["packages"]) >= {"torch", "higher", "numpy"}
+    assert found["threads"] >= 1
+    json.dumps(found)
+
+
+def test_the_source_hash_is_of_the_code_and_of_the_plugin(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("a = 1\n")
+    first = source_hash(plugin)
+    assert first == source_hash(plugin)
+    plugin.write_text("a = 2\n")
+    assert len({first, source_hash(plugin), source_hash()}) == 3
