@@ -7,7 +7,7 @@ ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test check bench gpu-check clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
@@ -37,6 +37,10 @@ test: check
 
 bench: venv
 	$(BIN)/python -m pytest tests/performance --benchmark-only
+
+gpu-check: venv
+	$(BIN)/python -m pytest -m gpu -rs
+	$(BIN)/python -m bench run --algos maml,fomaml,anil,reptile --iterations 50 --out results/gpu-check
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -17,7 +17,7 @@ from algorithms import AlgorithmError
 from bench import runner
 from bench.errors import BenchError
 from bench.plugins import load_plugin
-from bench.progress import Display, summary_table
+from bench.progress import Display, reuse_notes, summary_table
 from bench.sweep import Sweep, read_sweep
 from datasets import DatasetError
 
@@ -90,6 +90,10 @@ def run(
     eval_steps: Annotated[str | None, _evaluation("Inner steps of an evaluation.")] = None,
     episodes: Annotated[str | None, _evaluation("Test episodes.")] = None,
     eval_seed: Annotated[str | None, _evaluation("Stream of validation and test episodes.")] = None,
+    protocol: Annotated[
+        str | None,
+        _evaluation("independent: test episodes may share samples; disjoint: no two do."),
+    ] = None,
     data_root: Annotated[
         Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
     ] = None,
@@ -142,6 +146,8 @@ def run(
     mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
     console.print(summary_table(mine))
     console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
+    for note in reuse_notes(mine):
+        console.print(note)
     if (mine["status"] == "failed").any():
         console.print(f"why cells failed: {folder / 'failures.json'}")
         raise typer.Exit(1)

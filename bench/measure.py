@@ -13,8 +13,9 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ STEP = "meta_step"
 EVALUATION = "evaluation"
 CALIBRATION = "calibration"
 PHASES = (STEP, CALIBRATION, EVALUATION)
-CALIBRATION_SIDE = 512
+CALIBRATION_SIDE = 768
+CALIBRATION_PRODUCTS = 4
 PATIENCE_SECONDS = 600.0
 
 
@@ -55,21 +57,34 @@ class Meter:
         self.base = psutil.Process().memory_info().rss
 
     def start(self) -> None:
-        """Wait until the device is idle, and forget earlier peaks."""
+        """Wait until the device is idle, forget earlier peaks and start the clocks."""
         try:
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is the present level
             self.earlier = 0
         except OSError:
             self.earlier = self._highest()
+        self._start_clocks()
 
-    def stop(self) -> None:
-        """Wait until the device has done what it was given."""
+    def stop(self) -> dict[str, Any]:
+        """Wait until the device has done what it was given; what it took since the start.
 
-    def peak_bytes(self) -> int | None:
-        """Peak memory since the start; None where it was not above an earlier peak that the
-        system does not forget."""
+        ``seconds`` is the device's own time (the CPU's is the wall clock's), ``peak_bytes`` is
+        None where it was not above an earlier peak that the system does not forget.
+        """
+        taken = self._stop_clocks()
         peak = self._highest()
-        return max(peak - self.base, 0) if peak > self.earlier else None
+        bytes_above = max(peak - self.base, 0) if peak > self.earlier else None
+        return {"seconds": taken["wall_seconds"], **taken, "peak_bytes": bytes_above}
+
+    def _start_clocks(self) -> None:
+        self.process = time.process_time()
+        self.began = time.perf_counter()
+
+    def _stop_clocks(self) -> dict[str, Any]:
+        return {
+            "wall_seconds": time.perf_counter() - self.began,
+            "process_seconds": time.process_time() - self.process,
+        }
 
     def _highest(self) -> int:
         unit = 1 if sys.platform == "darwin" else 1024
@@ -77,35 +92,76 @@ class Meter:
 
 
 class AcceleratorMeter(Meter):
-    """Clocks and memory of a GPU: peak memory is what torch's allocator handed out."""
+    """Clocks and memory of an accelerator, through torch's device-neutral layer.
 
-    def __init__(self, device: torch.device) -> None:
+    Time is that between two events on the device's stream; memory is what torch's allocator handed
+    out (``peak_bytes``) and held (``reserved_bytes``) at most; energy is NVML's counter.
+
+    Args:
+        device: the accelerator.
+        layer: torch's accelerator module, or what stands in for it.
+        event: makes an event that can be recorded.
+        joules: reads an energy counter, None where there is none.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layer: Any = torch.accelerator,
+        event: Callable[[], Any] | None = None,
+        joules: Callable[[], float | None] | None = None,
+    ) -> None:
         self.device = device
+        self.layer = layer
+        self.event = event or partial(torch.Event, device=device, enable_timing=True)
+        self.joules = joules or partial(energy_joules, device)
 
     def start(self) -> None:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
+        self.layer.synchronize(self.device)
+        self.layer.reset_peak_memory_stats(self.device)
+        self.energy = self.joules()
+        self.first, self.last = self.event(), self.event()
+        self._start_clocks()
+        self.first.record()
 
-    def stop(self) -> None:
-        torch.cuda.synchronize(self.device)
+    def stop(self) -> dict[str, Any]:
+        self.last.record()
+        self.layer.synchronize(self.device)
+        taken = self._stop_clocks()
+        energy = self.joules()
+        return {
+            "seconds": self.first.elapsed_time(self.last) / 1e3,
+            **taken,
+            "peak_bytes": int(self.layer.max_memory_allocated(self.device)),
+            "reserved_bytes": int(self.layer.max_memory_reserved(self.device)),
+            "joules": None if energy is None or self.energy is None else energy - self.energy,
+        }
 
-    def peak_bytes(self) -> int | None:
-        return int(torch.cuda.max_memory_allocated(self.device))
+
+def energy_joules(device: torch.device) -> float | None:
+    """NVML's energy counter of a GPU since its driver was loaded; None where it does not answer."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    except Exception:  # no package, no driver, no permission, a GPU too old: all mean no figure
+        return None
 
 
 def meter_for(device: str) -> Meter:
     """The meter of a torch device."""
-    if device.startswith("cuda"):
-        return AcceleratorMeter(torch.device(device))
-    return Meter()
+    return Meter() if device == "cpu" else AcceleratorMeter(torch.device(device))
 
 
 def calibrate(device: str) -> None:
-    """A fixed amount of work that owes nothing to this project's code: matrix products and
-    elementwise passes, whose rate tells one machine, or one moment of it, from another."""
-    matrix = torch.full((CALIBRATION_SIDE, CALIBRATION_SIDE), 0.5, device=device)
-    for _ in range(8):
-        matrix = torch.tanh(matrix @ matrix / CALIBRATION_SIDE)
+    """A fixed amount of work that owes nothing to this project's code: matrix products, whose rate
+    tells one machine, or one moment of it, from another, and is what a step could reach at best."""
+    matrix = torch.full((CALIBRATION_SIDE, CALIBRATION_SIDE), 1 / CALIBRATION_SIDE, device=device)
+    for _ in range(CALIBRATION_PRODUCTS):
+        matrix = matrix @ matrix
 
 
 class Subject:
@@ -127,22 +183,13 @@ class Subject:
         """Do one repeat of a phase, and say what it took."""
         torch.manual_seed(repeat)
         self.meter.start()
-        process = time.process_time()
-        began = time.perf_counter()
         if phase == STEP:
             self.algorithm.meta_backward(self.batches[repeat])
         elif phase == EVALUATION:
             evaluate(self.algorithm, self.source, self.eval_spec, EPISODES, self.cell.eval_steps)
         else:
             calibrate(self.cell.device)
-        self.meter.stop()
-        return {
-            "phase": phase,
-            "repeat": repeat,
-            "seconds": time.perf_counter() - began,
-            "process_seconds": time.process_time() - process,
-            "peak_bytes": self.meter.peak_bytes(),
-        }
+        return {"phase": phase, "repeat": repeat, **self.meter.stop()}
 
     def flops(self, phase: str) -> int:
         """Floating-point operations of one repeat of a phase, as torch counts them (matrix
@@ -159,8 +206,9 @@ def measure(
 
     Returns:
         For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes,
-        ``calibration``) and repeat, with columns ``phase``, ``repeat``, ``seconds``, ``process_seconds``,
-        ``peak_bytes``, ``flops`` and ``session``, which is the same for cells that took turns.
+        ``calibration``) and repeat: ``phase``, ``repeat``, ``seconds``, ``wall_seconds``,
+        ``process_seconds``, ``peak_bytes``, ``flops``, on accelerators ``reserved_bytes`` and
+        ``joules``, and ``session``, which is the same for cells that took turns.
 
     Raises:
         CellError: a process that failed.
@@ -183,15 +231,20 @@ def measure(
 
 def headline(performance: pd.DataFrame) -> dict[str, Any]:
     """The summary's columns of one cell's measurements; what was not measured is left out."""
-    medians = performance.groupby("phase")["seconds"].median()
-    step = performance[performance["phase"] == STEP]
-    peak = step["peak_bytes"].max()
+    medians = performance.groupby("phase")[["seconds", "flops"]].median()
+    seconds: dict[Any, float] = medians["seconds"].to_dict()
+    flops: dict[Any, float] = medians["flops"].to_dict()
+    rate = {phase: flops[phase] / seconds[phase] for phase in (STEP, CALIBRATION)}
+    steps = performance[performance["phase"] == STEP]
     figures = {
-        "step_ms": 1e3 * medians[STEP],
-        "eval_ms_per_episode": 1e3 * medians[EVALUATION] / EPISODES,
-        "step_gflops": step["flops"].median() / 1e9,
+        "step_ms": 1e3 * seconds[STEP],
+        "eval_ms_per_episode": 1e3 * seconds[EVALUATION] / EPISODES,
+        "step_gflops": flops[STEP] / 1e9,
+        "matmul_share": rate[STEP] / rate[CALIBRATION],
+        "peak_memory_bytes": steps["peak_bytes"].max(),
+        "step_joules": steps["joules"].median() if "joules" in steps else None,
     }
-    return figures if pd.isna(peak) else figures | {"peak_memory_bytes": int(peak)}
+    return {name: float(value) for name, value in figures.items() if not pd.isna(value)}
 
 
 @contextmanager

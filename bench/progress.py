@@ -153,6 +153,19 @@ def summary_table(summary: pd.DataFrame) -> Table:
     return table
 
 
+def reuse_notes(summary: pd.DataFrame) -> list[str]:
+    """A warning for each dataset whose test samples the episodes share."""
+    notes = []
+    reused = summary[(summary["sample_reuse"] > 1) & (summary["status"] == "complete")]
+    for dataset, rows in reused.groupby("dataset"):
+        notes.append(
+            f"note:  {rows['episodes'].iloc[0]} episodes use each of {dataset}'s test samples "
+            f"{rows['sample_reuse'].max():.1f} times, so that these intervals understate the "
+            "uncertainty about new classes; --protocol disjoint does not"
+        )
+    return notes
+
+
 def milliseconds(value: float) -> str:
     """A time for people; nothing for what was not measured."""
     return "" if pd.isna(value) else f"{value:.1f} ms"

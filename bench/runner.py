@@ -77,6 +77,14 @@ def check(cells: list[Cell], sources: Sources) -> None:
             if source is not None:
                 spec = EpisodeSpec(cell.dataset, split, cell.ways, shots, cell.test_shots, 0)
                 source.check(spec)
+        test = sources.require(cell.dataset, "test", "cpu")
+        there = test.episodes(cell.test_spec)
+        if there is not None and there < cell.episodes:
+            raise BenchError(
+                f"{cell.dataset} has {there} disjoint {cell.ways}-way {cell.shots}-shot episodes "
+                f"with {cell.test_shots} test shots in its test split, not {cell.episodes}; "
+                f"give --episodes {there}"
+            )
     for cell in {(c.algorithm, c.dataset): c for c in cells}.values():
         on_cpu = cell.model_copy(update={"device": "cpu"})
         build(on_cpu, sources.require(cell.dataset, "train", "cpu"))
@@ -203,9 +211,10 @@ def _train_and_evaluate(
     log.frame().to_parquet(workplace / TRAINING, index=False)
     write_tensors(algorithm.model.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
     test = sources.require(cell.dataset, "test", cell.device)
-    spec = EpisodeSpec(cell.dataset, "test", cell.ways, cell.shots, cell.test_shots, cell.eval_seed)
     display.evaluating(cell)
-    scores = evaluate(algorithm, test, spec, cell.episodes, cell.eval_steps, display.episode)
+    scores = evaluate(
+        algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps, display.episode
+    )
     scores.to_parquet(workplace / SCORES, index=False)
     interval = stats.mean_interval(after_last_step(scores).to_numpy())
     figures = {
@@ -214,7 +223,8 @@ def _train_and_evaluate(
         "ci95": interval.half_width,
         "train_seconds": sum(log.seconds),
         "engine": algorithm.engine,
-        "episode_address": spec.address,
+        "episode_address": cell.test_spec.address,
+        "sample_reuse": test.reuse(cell.test_spec, cell.episodes),
     }
     write_text(noted, json.dumps({"source": source, "figures": figures}))
     return figures

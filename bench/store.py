@@ -38,6 +38,15 @@ SUMMARY_COLUMNS = (
     *("engine", "norm", "inner_steps", "eval_steps", "meta_batch", "iterations", "episodes"),
     *("metric", "mean", "ci95", "train_seconds", "step_ms", "eval_ms_per_episode"),
     *("peak_memory_bytes", "step_gflops", "cell_id", "status"),
+    # Beyond the contract's, what a fair comparison must show.
+    *(
+        "protocol",
+        "samples_per_step",
+        "gradients_per_step",
+        "matmul_share",
+        "step_joules",
+        "sample_reuse",
+    ),
 )
 
 
@@ -53,7 +62,11 @@ class Record:
         """This cell's row of the summary; what was not measured is absent."""
         cell = self.cell
         settings = cell.model_dump() | cell.hyperparameters
-        return settings | self.figures | {"cell_id": cell.id, "status": "complete"}
+        counts = {
+            "samples_per_step": cell.samples_per_step,
+            "gradients_per_step": cell.gradients_per_step,
+        }
+        return settings | counts | self.figures | {"cell_id": cell.id, "status": "complete"}
 
 
 class Run:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 import algorithms
 import datasets
 from bench.errors import BenchError
+from datasets import EpisodeSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,6 +74,7 @@ class Settings(BaseModel):
     eval_steps: Natural = 3
     episodes: Annotated[int, Field(ge=2)] = 600
     eval_seed: Natural = 0
+    protocol: Literal["independent", "disjoint"] = "independent"
     val_episodes: Positive = 50
     val_every: Positive | None = None
     model: str | None = None
@@ -104,6 +106,23 @@ class Cell(Settings):
     def setting(self) -> tuple[Any, ...]:
         """What cells have in common that are compared: all but the algorithm and its ways."""
         return (self.dataset, self.ways, self.shots, self.test_shots, self.seed, self.device)
+
+    @property
+    def test_spec(self) -> EpisodeSpec:
+        """The stream of test episodes: the same for every algorithm and every seed."""
+        shape = (self.ways, self.shots, self.test_shots)
+        return EpisodeSpec(self.dataset, "test", *shape, self.eval_seed, self.protocol)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Labelled samples that a meta-step sees: support and query sets of its tasks."""
+        shots = (self.train_shots or self.shots) + self.test_shots
+        return self.meta_batch * self.ways * shots
+
+    @property
+    def gradients_per_step(self) -> int:
+        """Gradients evaluated in a meta-step: inner ones, and one on each query set."""
+        return self.meta_batch * (int(self.hyperparameters.get("inner_steps", 0)) + 1)
 
     def __str__(self) -> str:
         setting = f"{self.dataset} {self.ways}-way {self.shots}-shot seed {self.seed}"
@@ -142,6 +161,7 @@ class Sweep(BaseModel):
     eval_steps: Natural | None = None
     episodes: Annotated[int, Field(ge=2)] | None = None
     eval_seed: Natural | None = None
+    protocol: Literal["independent", "disjoint"] | None = None
     val_episodes: Positive | None = None
     val_every: Positive | None = None
     model: str | None = None

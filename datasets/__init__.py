@@ -45,11 +45,12 @@ def loader(
     split: str = "train",
     batch_size: int = 1,
     seed: int = 0,
+    protocol: str = "independent",
     device: torch.device | str = "cpu",
     root: Path | str | None = None,
     download: bool = False,
 ) -> EpisodeLoader:
-    """Batches of episodes of a registered dataset, without end; ``loader[i]`` is batch ``i``.
+    """Batches of episodes of a registered dataset; ``loader[i]`` is batch ``i``.
 
     Args:
         name: a name from :func:`names`.
@@ -59,6 +60,8 @@ def loader(
         split: ``"train"``, ``"val"`` or ``"test"``.
         batch_size: tasks a batch, B.
         seed: which stream of episodes.
+        protocol: ``"independent"``, without end, or ``"disjoint"``, of which no two episodes share
+            a sample; see :class:`EpisodeSpec`.
         device: where the data is held and the batches are made.
         root: folder of the data sets; see :class:`Dataset`.
         download: fetch what is missing, where the dataset knows an address.
@@ -74,5 +77,5 @@ def loader(
     dataset = get(name)(root=root, download=download)
     if split not in dataset.splits:
         raise DatasetError(f"{name} has no {split!r} split; it has {', '.join(dataset.splits)}")
-    spec = EpisodeSpec(name, split, ways, shots, test_shots, seed)
+    spec = EpisodeSpec(name, split, ways, shots, test_shots, seed, protocol)
     return EpisodeLoader(dataset.load(split).to(device), spec, batch_size)

@@ -12,6 +12,7 @@ between versions, and does not promise as much for ``choice`` or ``permutation``
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,13 +32,22 @@ Task = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Words = npt.NDArray[np.uint64]
 
 
+PROTOCOLS = ("independent", "disjoint")
+
+
 class DatasetError(ValueError):
     """What was asked of a dataset cannot be had; the message is one line and says what can."""
 
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """The shape of an episode, and the stream it comes from: with an index, its address."""
+    """The shape of an episode, and the stream it comes from: with an index, its address.
+
+    Episodes of the protocol ``independent``, the usual one, are drawn each on its own and so share
+    samples with one another. Those of ``disjoint`` share none, and there are only so many: an
+    interval over them does not understate the uncertainty about new data (Lafargue et al. 2024,
+    arXiv 2409.02850).
+    """
 
     dataset: str
     split: str
@@ -45,6 +55,7 @@ class EpisodeSpec:
     shots: int
     test_shots: int
     seed: int
+    protocol: str = "independent"
     key: Words = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +65,10 @@ class EpisodeSpec:
                 raise DatasetError(
                     f"{name} is {value!r}; it must be an integer of at least {least}"
                 )
+        if self.protocol not in PROTOCOLS:
+            raise DatasetError(
+                f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}"
+            )
         digest = hashlib.sha256(self.address.encode()).digest()
         object.__setattr__(self, "key", np.frombuffer(digest[:16], dtype=np.uint64))
 
@@ -63,6 +78,7 @@ class EpisodeSpec:
         return (
             f"{self.dataset}/{self.split}/ways={self.ways}/shots={self.shots}"
             f"/test_shots={self.test_shots}/seed={self.seed}"
+            + ("/disjoint" if self.protocol == "disjoint" else "")
         )
 
     def words(self, index: int, count: int) -> Words:
@@ -86,6 +102,14 @@ class Source(ABC):
     def check(self, spec: EpisodeSpec) -> None:
         """Raise :class:`DatasetError` if this split cannot fill such an episode."""
 
+    def episodes(self, spec: EpisodeSpec) -> int | None:
+        """How many episodes the stream has; None for one without end."""
+        return None
+
+    def reuse(self, spec: EpisodeSpec, episodes: int) -> float | None:
+        """How often that many episodes use each sample, on average; None where samples are new."""
+        return None
+
     @abstractmethod
     def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
         """The episodes of these indices as one batch."""
@@ -108,6 +132,11 @@ class ClassSource(Source):
     samples: Tensor
     counts: Sequence[int]
     classes: Sequence[str]
+    _counts: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _starts: npt.NDArray[np.int64] = field(init=False, repr=False)
+    _arranged: dict[EpisodeSpec, list[tuple[npt.NDArray[np.int64], ...]]] = field(
+        init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if sum(self.counts) != len(self.samples) or len(self.counts) != len(self.classes):
@@ -119,6 +148,7 @@ class ClassSource(Source):
         counts = np.asarray(self.counts, dtype=np.int64)
         object.__setattr__(self, "_counts", counts)
         object.__setattr__(self, "_starts", np.cumsum(counts) - counts)
+        object.__setattr__(self, "_arranged", {})
 
     def check(self, spec: EpisodeSpec) -> None:
         where = f"{spec.dataset} has in its {spec.split} split"
@@ -136,8 +166,9 @@ class ClassSource(Source):
     def indices(self, spec: EpisodeSpec, index: int) -> tuple[npt.NDArray[np.int64], ...]:
         """Which samples make up one episode: sample numbers ``(ways, shots + test_shots)`` and the
         label of each row ``(ways,)``."""
-        counts: npt.NDArray[np.int64] = self._counts  # type: ignore[attr-defined]
-        starts: npt.NDArray[np.int64] = self._starts  # type: ignore[attr-defined]
+        counts, starts = self._counts, self._starts
+        if spec.protocol == "disjoint":
+            return self._disjoint(spec)[index]
         width = int(counts.max())
         words = spec.words(index, len(counts) + spec.ways + spec.ways * width)
         classes = first_ranks(words[: len(counts)], spec.ways)
@@ -147,6 +178,36 @@ class ClassSource(Source):
         order = np.where(np.arange(width) < counts[classes, None], order, np.iinfo(np.uint64).max)
         chosen = np.argsort(order, axis=1, kind="stable")[:, : spec.shots + spec.test_shots]
         return starts[classes, None] + chosen, labels
+
+    def episodes(self, spec: EpisodeSpec) -> int | None:
+        return len(self._disjoint(spec)) if spec.protocol == "disjoint" else None
+
+    def reuse(self, spec: EpisodeSpec, episodes: int) -> float | None:
+        return episodes * spec.ways * (spec.shots + spec.test_shots) / len(self.samples)
+
+    def _disjoint(self, spec: EpisodeSpec) -> list[tuple[npt.NDArray[np.int64], ...]]:
+        """Every episode of a disjoint stream.
+
+        The samples of each class are dealt into hands of ``shots + test_shots``. Each episode takes
+        one hand of the ``ways`` classes that have most left, ties broken at random, which makes as
+        many episodes of distinct classes as there can be.
+        """
+        if spec not in self._arranged:
+            size = spec.shots + spec.test_shots
+            hands = []
+            for index, (start, count) in enumerate(zip(self._starts, self._counts, strict=True)):
+                order = start + np.argsort(spec.words(index, int(count)), kind="stable")
+                hands.append(list(order[: count // size * size].reshape(-1, size)))
+            episodes: list[tuple[npt.NDArray[np.int64], ...]] = []
+            left = np.array([len(dealt) for dealt in hands])
+            while np.count_nonzero(left) >= spec.ways:
+                words = spec.words(len(hands) + len(episodes), len(hands) + spec.ways)
+                classes = np.lexsort((words[: len(hands)], -left))[: spec.ways]
+                labels = np.argsort(words[len(hands) :], kind="stable")
+                episodes.append((np.stack([hands[c].pop() for c in classes]), labels))
+                left[classes] -= 1
+            self._arranged[spec] = episodes
+        return self._arranged[spec]
 
     def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
         drawn = [self.indices(spec, index) for index in indices]
@@ -181,9 +242,10 @@ def uniform(words: Words) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True, eq=False)
 class EpisodeLoader:
-    """An endless stream of batches; ``loader[i]`` is batch ``i``, directly.
+    """A stream of batches; ``loader[i]`` is batch ``i``, directly.
 
-    Batch ``i`` holds episodes ``i * batch_size`` to ``(i + 1) * batch_size - 1`` of the stream.
+    Batch ``i`` holds episodes ``i * batch_size`` to ``(i + 1) * batch_size - 1`` of the stream. It
+    has a length where its episodes are disjoint, and no end where they are independent.
     """
 
     source: Source
@@ -196,16 +258,24 @@ class EpisodeLoader:
         self.source.check(self.spec)
 
     def __getitem__(self, index: int) -> Batch:
-        if index < 0:
-            raise IndexError("an endless stream has no last batch to count from")
-        first = index * self.batch_size
-        return self.source.batch(self.spec, range(first, first + self.batch_size))
+        first, past = index * self.batch_size, (index + 1) * self.batch_size
+        episodes = self.source.episodes(self.spec)
+        if index < 0 or (episodes is not None and first >= episodes):
+            raise IndexError(f"there is no batch {index} in {self.spec.address}")
+        return self.source.batch(self.spec, range(first, min(past, episodes or past)))
+
+    def __len__(self) -> int:
+        episodes = self.source.episodes(self.spec)
+        if episodes is None:
+            raise TypeError("a stream of independent episodes has no length")
+        return -(-episodes // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        index = 0
-        while True:
-            yield self[index]
-            index += 1
+        try:
+            for index in itertools.count():
+                yield self[index]
+        except IndexError:
+            return
 
 
 def collate(tasks: Sequence[Task]) -> Batch:

@@ -31,6 +31,75 @@ def test_every_repeat_of_every_cell_is_kept_and_counted_alike(cell: Cell) -> Non
     assert set(headline) >= {"step_ms", "eval_ms_per_episode", "peak_memory_bytes"}
 
 
+class StandIn:
+    """A device layer that keeps a diary, and a clock of its own."""
+
+    def __init__(self) -> None:
+        self.diary: list[str] = []
+        self.now = 0.0
+        self.energy = 100.0
+
+    def synchronize(self, device: torch.device) -> None:
+        self.diary.append("synchronize")
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.diary.append("reset")
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return 1000
+
+    def max_memory_reserved(self, device: torch.device) -> int:
+        return 2000
+
+    def event(self) -> "StandIn.Event":
+        return StandIn.Event(self)
+
+    class Event:
+        def __init__(self, layer: "StandIn") -> None:
+            self.layer = layer
+
+        def record(self) -> None:
+            self.layer.diary.append("record")
+            self.at = self.layer.now
+
+        def elapsed_time(self, later: "StandIn.Event") -> float:
+            return later.at - self.at
+
+
+def test_an_accelerator_is_timed_by_events_between_synchronisations() -> None:
+    layer = StandIn()
+    meter = measure.AcceleratorMeter(torch.device("meta"), layer, layer.event, lambda: layer.energy)
+    meter.start()
+    layer.diary.append("work")
+    layer.now += 250.0  # milliseconds
+    layer.energy += 3.0
+    taken = meter.stop()
+    diary = ["synchronize", "reset", "record", "work", "record", "synchronize"]
+    assert layer.diary == diary
+    assert taken["seconds"] == 0.25
+    assert 0 <= taken["wall_seconds"] < 0.25
+    assert (taken["peak_bytes"], taken["reserved_bytes"]) == (1000, 2000)
+    assert taken["joules"] == pytest.approx(3.0)
+
+
+def test_energy_that_no_counter_tells_is_left_empty() -> None:
+    layer = StandIn()
+    meter = measure.AcceleratorMeter(torch.device("meta"), layer, layer.event, lambda: None)
+    meter.start()
+    assert meter.stop()["joules"] is None
+    assert measure.energy_joules(torch.device("cpu")) is None
+
+
+def test_the_share_of_the_matrix_product_rate() -> None:
+    rows = [
+        (measure.STEP, 2.0, None, 10e9),
+        (measure.CALIBRATION, 0.5, None, 50e9),
+        (measure.EVALUATION, 1.0, None, 1e9),
+    ]
+    found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
+    assert measure.headline(found)["matmul_share"] == pytest.approx(0.05)
+
+
 def test_flops_of_a_known_product_are_two_an_element(cell: Cell) -> None:
     source = datasets.get("tiny")().load("train")
     subject = measure.Subject(cell, source)
@@ -43,19 +112,20 @@ def test_peak_memory_is_what_the_work_took() -> None:
     meter.start()
     size = 256 * 2**20
     held = torch.ones(size // 4)
-    peak = meter.peak_bytes()
+    peak = meter.stop()["peak_bytes"]
     assert peak is not None
     assert size - 2**20 < peak < size + 32 * 2**20
     del held
     meter.start()
-    again = meter.peak_bytes()
+    again = meter.stop()["peak_bytes"]
     assert again is None or again < 64 * 2**20  # the earlier peak is forgotten, or not quoted
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    rows = [(phase, 0.1, None, 1e9) for phase in (measure.STEP, measure.EVALUATION)]
+    rows = [(phase, 0.1, None, 1e9) for phase in measure.PHASES]
     found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
-    assert measure.headline(found).keys() == {"step_ms", "eval_ms_per_episode", "step_gflops"}
+    expected = {"step_ms", "eval_ms_per_episode", "step_gflops", "matmul_share"}
+    assert measure.headline(found).keys() == expected
 
 
 def test_a_measuring_process_that_fails_is_a_failed_cell(cell: Cell) -> None:

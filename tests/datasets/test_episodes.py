@@ -175,7 +175,7 @@ def test_iteration_is_indexing_without_end() -> None:
     episodes = loader(3)
     for index, batch in enumerate(islice(episodes, 4)):
         assert equal(batch, episodes[index])
-    with pytest.raises(IndexError, match="endless"):
+    with pytest.raises(IndexError, match="there is no batch -1"):
         episodes[-1]
     with pytest.raises(TypeError):
         len(episodes)  # type: ignore[arg-type]
@@ -287,3 +287,54 @@ def test_collate_takes_arrays() -> None:
 def test_collate_refuses_what_has_no_common_shape(tasks: Any, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         collate(tasks)
+
+
+def disjoint(classes: int, samples: int, **shape) -> EpisodeLoader:
+    counts = [samples] * classes
+    numbered = torch.arange(sum(counts)).to(torch.int64)
+    # Three bytes a sample, so that each tells its own number.
+    pixels = torch.stack([numbered % 256, numbered // 256 % 256, numbered // 65536], dim=1)
+    source = ClassSource(pixels.to(torch.uint8), counts, [str(c) for c in range(classes)])
+    spec = EpisodeSpec("toy", "test", **shape, seed=0, protocol="disjoint")
+    return EpisodeLoader(source, spec, batch_size=1)
+
+
+def numbers(inputs: torch.Tensor) -> list[int]:
+    digits = (inputs * 255).round().to(torch.int64)
+    return (digits[..., 0] + 256 * digits[..., 1] + 65536 * digits[..., 2]).flatten().tolist()
+
+
+def test_no_two_disjoint_episodes_share_a_sample_and_each_has_distinct_classes() -> None:
+    episodes = disjoint(7, 20, ways=3, shots=1, test_shots=5)
+    seen: list[int] = []
+    for batch in episodes:
+        support, query = numbers(batch["train"][0]), numbers(batch["test"][0])
+        assert len({n // 20 for n in support}) == 3
+        assert {n // 20 for n in query} == {n // 20 for n in support}
+        seen += support + query
+    assert len(seen) == len(set(seen))
+
+
+def test_there_are_as_many_disjoint_episodes_as_the_samples_allow() -> None:
+    # miniImageNet's test split: 20 classes of 600, 5-way 1-shot with 15 queries.
+    assert len(disjoint(20, 600, ways=5, shots=1, test_shots=15)) == 20 * (600 // 16) // 5
+    assert len(disjoint(7, 20, ways=3, shots=1, test_shots=5)) == 7 * 3 // 3
+
+
+def test_a_disjoint_stream_ends_and_an_independent_one_does_not() -> None:
+    episodes = disjoint(4, 6, ways=2, shots=1, test_shots=2)
+    assert len(list(episodes)) == len(episodes) == 4
+    with pytest.raises(IndexError, match="there is no batch 4"):
+        episodes[4]
+    with pytest.raises(TypeError, match="has no length"):
+        len(loader(3))
+
+
+def test_an_unknown_protocol_is_refused() -> None:
+    with pytest.raises(DatasetError, match="protocol is 'once'; it must be one of independent"):
+        EpisodeSpec("toy", "test", 2, 1, 1, 0, "once")
+
+
+def test_reuse_counts_how_often_a_sample_is_drawn() -> None:
+    episodes = disjoint(10, 20, ways=5, shots=1, test_shots=3)
+    assert episodes.source.reuse(episodes.spec, 50) == pytest.approx(50 * 20 / 200)

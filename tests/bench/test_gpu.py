@@ -1,0 +1,77 @@
+"""Every path that runs on an accelerator; ``make gpu-check`` runs these where there is one."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import algorithms
+import datasets
+from algorithms import models
+from bench import measure
+from bench.sweep import Cell
+from tests.algorithms import derivation
+from tests.bench.conftest import QUICK, TINY
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; make gpu-check"),
+]
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "anil"])
+def test_meta_gradient_on_the_gpu_equals_the_derivation(name: str, engine: str) -> None:
+    torch.manual_seed(1)
+    model, batch = derivation.Net().double(), derivation.make_batch()
+    settings = {"steps": 2, "lr": 0.3, "norm": "transductive"}
+    expected = derivation.meta_gradient(name, model, batch, **settings)
+    model.cuda()
+    algorithm = algorithms.create(name, model, inner_lr=0.3, inner_steps=2, engine=engine)
+    algorithm.meta_backward(batch)
+    for parameter, value in model.named_parameters():
+        assert torch.allclose(value.grad.cpu(), expected[parameter], rtol=1e-8, atol=1e-10)
+
+
+def test_episodes_are_the_same_on_every_device() -> None:
+    on = [datasets.loader("glyphs", batch_size=3, device=device)[2] for device in ("cpu", "cuda:0")]
+    for half in ("train", "test"):
+        for here, there in zip(on[0][half], on[1][half], strict=True):
+            assert torch.equal(here, there.cpu())
+
+
+def test_time_memory_and_flops_are_measured(cell: Cell) -> None:
+    (found,) = measure.measure([cell.model_copy(update={"device": "cuda:0"})], plugin=TINY)
+    assert (found[["seconds", "wall_seconds", "peak_bytes", "reserved_bytes"]] > 0).all(axis=None)
+    assert (found["peak_bytes"] <= found["reserved_bytes"]).all()
+
+
+def test_peak_memory_is_the_allocators() -> None:
+    meter = measure.meter_for("cuda:0")
+    meter.start()
+    held = torch.ones(64 * 2**20, device="cuda:0")
+    assert meter.stop()["peak_bytes"] >= held.numel() * 4
+
+
+def test_a_sweep_over_both_devices(bench, tmp_path: Path) -> None:
+    status, out, _ = bench(
+        "run", "--algos", "maml", *QUICK, "--devices", "cpu,cuda:0", "--out", "r"
+    )
+    print(out)
+    assert status == 0
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index("device")
+    assert summary["status"].eq("complete").all()
+    assert abs(summary["mean"].diff().iloc[-1]) < 0.15
+
+
+def test_memory_is_flat_over_many_meta_steps() -> None:
+    model = models.build("conv4", (1, 28, 28), 5, seed=0).cuda()
+    maml = algorithms.create("maml", model)
+    batches = datasets.loader("glyphs", batch_size=4, test_shots=5, device="cuda:0")
+    for index in range(5):
+        maml.meta_backward(batches[index])
+    before = torch.cuda.memory_allocated()
+    for index in range(50):
+        maml.meta_backward(batches[index])
+    assert torch.cuda.memory_allocated() <= before
