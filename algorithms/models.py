@@ -1,8 +1,11 @@
 """The networks of the papers, with their initialisations.
 
 Weights are drawn from Glorot's uniform distribution and biases are zero, as in the code of Finn et
-al. 2017, from torch's global generator. Batch normalisation has a shift but no scale, and its
-shift is meta-learned without adapting in the inner loop (``outer_only``), as there.
+al. 2017, except in ``conv4``, which is the network as it is usually written in torch and starts as
+torch's layers do: batch normalisation makes a step in a weight the larger the smaller the weight
+is, and from torch's smaller ones MAML with alpha = 0.4 is ten points ahead after 160 meta-steps on
+Omniglot. Batch normalisation has a shift but no scale, and its shift is meta-learned without
+adapting in the inner loop (``outer_only``), as in that code.
 """
 
 from __future__ import annotations
@@ -30,11 +33,6 @@ class EpisodicNet(nn.Module):
         super().__init__()
         self.body = body
         self.head = nn.Linear(features, outputs)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     @property
     def outer_only(self) -> frozenset[str]:
@@ -70,7 +68,7 @@ def conv4_mean(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The Omniglot network as the MAML paper's code has it: the features are the spatial mean of
     the last layer (64), and the head is drawn from N(0, 1)."""
     body = nn.Sequential(*_strided_blocks(sample_shape[0], filters=64), SpatialMean())
-    model = EpisodicNet(body, 64, outputs)
+    model = _glorot(EpisodicNet(body, 64, outputs))
     nn.init.normal_(model.head.weight)
     return model
 
@@ -83,7 +81,7 @@ def conv4_pool(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     for inputs in (channels, 32, 32, 32):
         blocks += [*_block(inputs, 32, stride=1), nn.MaxPool2d(2)]
     body = nn.Sequential(*blocks, nn.Flatten())
-    return EpisodicNet(body, 32 * math.prod(side // 16 for side in size), outputs)
+    return _glorot(EpisodicNet(body, 32 * math.prod(side // 16 for side in size), outputs))
 
 
 def fc(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
@@ -93,7 +91,7 @@ def fc(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, width in pairwise(widths):
         layers += [nn.Linear(inputs, width, bias=False), _shift(nn.BatchNorm1d(width)), nn.ReLU()]
-    return EpisodicNet(nn.Sequential(*layers), 64, outputs)
+    return _glorot(EpisodicNet(nn.Sequential(*layers), 64, outputs))
 
 
 def mlp(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
@@ -102,7 +100,7 @@ def mlp(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     body = nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU()
     )
-    return EpisodicNet(body, 40, outputs)
+    return _glorot(EpisodicNet(body, 40, outputs))
 
 
 MODELS: dict[str, Callable[[tuple[int, ...], int], EpisodicNet]] = {
@@ -135,6 +133,15 @@ def build(name: str, sample_shape: tuple[int, ...], outputs: int, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name](sample_shape, outputs)
+
+
+def _glorot(model: EpisodicNet) -> EpisodicNet:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
 
 
 def _strided_blocks(channels: int, filters: int) -> list[nn.Module]:

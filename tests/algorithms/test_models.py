@@ -36,7 +36,7 @@ def test_parameter_counts() -> None:
 
 
 def test_initialisation_is_glorots_with_zero_biases_and_a_normal_head_for_the_mean_net() -> None:
-    model = models.build("conv4", (1, 28, 28), 5, seed=0)
+    model = models.build("conv4_mean", (1, 28, 28), 5, seed=0)
     weight = model.body[3].weight
     bound = (6 / (9 * 64 + 9 * 64)) ** 0.5
     assert weight.abs().max() <= bound
