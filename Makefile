@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Where make bench saves its times, and finds those to compare with.
+BENCH_STORAGE ?= .benchmarks
 DATA := $(wildcard ../shared/data)
 ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
@@ -36,7 +38,9 @@ test: check
 	$(BIN)/python -m pytest
 
 bench: venv
-	$(BIN)/python -m pytest tests/performance --benchmark-only
+	$(BIN)/python -m pytest tests/performance/bench_costs.py --benchmark-only \
+		--benchmark-storage=file://$(abspath $(BENCH_STORAGE)) --benchmark-autosave \
+		--benchmark-compare --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
 
 gpu-check: venv
 	$(BIN)/python -m pytest -m gpu -rs

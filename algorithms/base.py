@@ -178,6 +178,7 @@ class Algorithm(ABC):
             Loss and metric ``(B,)`` on the query sets after adaptation.
         """
         tasks = self._tasks(batch, self.inner_batch, self.inner_steps)
+        self._prepare(tasks)
         parameters = self.parameters()
         totals = [torch.zeros_like(parameter) for parameter in parameters]
         parts: list[Scores] = []
@@ -208,6 +209,7 @@ class Algorithm(ABC):
         if steps < 0:
             raise AlgorithmError(f"steps is {steps}; it must be at least 0")
         tasks = self._tasks(batch, self.eval_batch, steps, generator=torch.Generator())
+        self._prepare(tasks)
         parts: list[Scores] = []
         self.inner_loop.train(False)
         for part in tasks.split(self.inner_loop.tasks_per_pass):
@@ -224,14 +226,16 @@ class Algorithm(ABC):
             )
         return Scores(torch.cat([s.loss for s in parts]), torch.cat([s.metric for s in parts]))
 
-    def _tasks(
-        self, batch: Batch, size: int | None, steps: int, generator: torch.Generator | None = None
-    ) -> Tasks:
-        tasks = Tasks.of(batch, like=next(iter(self.meta_parameters.values())))
+    def _prepare(self, tasks: Tasks) -> None:
         try:
             self.inner_loop.prepare(tasks)
         except UnsupportedError as objection:
             self._yield_to_higher(str(objection))
+
+    def _tasks(
+        self, batch: Batch, size: int | None, steps: int, generator: torch.Generator | None = None
+    ) -> Tasks:
+        tasks = Tasks.of(batch, like=next(iter(self.meta_parameters.values())))
         support = tasks.support_inputs.shape[1]
         if size is None or size >= support:
             return tasks

@@ -111,10 +111,11 @@ class BatchedInnerLoop(InnerLoop):
         if not self._widest:
             self._widest = self._vetted_width(tasks)
         support, query = tasks.support_inputs.shape[1], tasks.query_inputs.shape[1]
+        step = support if tasks.minibatches is None else tasks.minibatches.shape[2]
         if self.norm.layers and self.norm.mode == "single":
             query *= support + 1
         elements = PASS_ELEMENTS.get(tasks.support_inputs.device.type, PASS_ELEMENTS["cuda"])
-        samples = max(support, -(-query // 16))
+        samples = max(step, -(-query // 16))
         self.tasks_per_pass = max(1, elements // (samples * self._widest))
 
     def _vetted_width(self, tasks: Tasks) -> int:

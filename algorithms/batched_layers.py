@@ -544,5 +544,5 @@ def _mean_over_rows(function: Callable[..., Tensor], *operands: Tensor) -> Tenso
     """The mean over dimension 1 of an elementwise function, in blocks that stay in the cache."""
     tasks, rows, channels = operands[0].shape
     block = max(1, BLOCK_ELEMENTS // (tasks * channels))
-    parts = zip(*(operand.split(block, dim=1) for operand in operands), strict=True)
+    parts = zip(*(torch.split(operand, block, dim=1) for operand in operands), strict=True)
     return torch.stack([function(*part).sum(1, keepdim=True) for part in parts]).sum(0) / rows

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from algorithms.base import Algorithm, register
 from algorithms.inner_loop import Tasks
+from algorithms.maml import MAML
 
 
 @register("fomaml")
@@ -20,7 +21,8 @@ class FOMAML(Algorithm):
     """
 
     summary = "the gradient at the adapted parameters (Finn et al. 2017)"
-    defaults = {"sinusoid": {"inner_lr": 0.01}}
+    # Undifferentiated, MAML's steps are too large: with 0.4 a second step raises the loss.
+    defaults = {"*": {"inner_lr": 0.1}, "sinusoid": MAML.defaults["sinusoid"]}
 
     def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:
         fast = self.adapt(tasks, create_graph=False)

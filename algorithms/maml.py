@@ -20,7 +20,15 @@ class MAML(Algorithm):
     """
 
     summary = "gradient through the inner steps (Finn et al. 2017)"
-    defaults = {"sinusoid": {"inner_lr": 0.01}}
+    defaults = {
+        "sinusoid": {
+            "inner_lr": 0.01,
+            "iterations": 2000,
+            "meta_batch": 25,
+            "test_shots": 10,
+            "eval_steps": 10,
+        }
+    }
 
     def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:
         fast = self.adapt(tasks, create_graph=True)

@@ -29,13 +29,20 @@ class Reptile(Algorithm):
             "meta_schedule": "linear",
             "train_shots": 10,
             "inner_optimizer": "adam",
-            "inner_lr": 0.001,
+            "inner_lr": 0.003,
             "inner_batch": 10,
             "inner_steps": 5,
-            "eval_steps": 50,
-            "eval_batch": 5,
+            "eval_steps": 5,
         },
-        "sinusoid": {"inner_optimizer": "sgd", "inner_lr": 0.02, "inner_batch": None},
+        "sinusoid": {
+            "iterations": 2000,
+            "meta_batch": 25,
+            "test_shots": 10,
+            "eval_steps": 10,
+            "inner_optimizer": "sgd",
+            "inner_lr": 0.02,
+            "inner_batch": None,
+        },
     }
 
     def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,7 +14,8 @@ from rich.table import Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
-from bench import runner
+from bench import comparison, regression, runner
+from bench import report as reports
 from bench.errors import BenchError
 from bench.plugins import load_plugin
 from bench.progress import Display, reuse_notes, summary_table
@@ -132,7 +133,7 @@ def run(
     cells = sweep.cells()
     sources = runner.Sources(sweep.data_root, sweep.download)
     console = Console()
-    with console.status("reading the data"):
+    with console.status("reading the data and checking gradients"):
         runner.check(cells, sources)
     if dry_run:
         _print_plan(sweep, cells, sources, console)
@@ -168,6 +169,66 @@ def _print_plan(sweep: Sweep, cells: list[Any], sources: runner.Sources, console
         )
     console.print(table)
     console.print(f"{len(cells)} cells, about {sum(seconds.values()) / 60:.1f} minutes")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...", show_default=False)
+    ],
+    accept_changed_code: Annotated[
+        bool,
+        typer.Option("--accept-changed-code", help="Compare cells that different source made."),
+    ] = False,
+) -> None:
+    """Say which differences between algorithms are significant, and what each costs.
+
+    Every pair that met the same test episodes; the table is comparison.csv in the first run.
+    """
+    found = comparison.compare(runs, accept_changed_code)
+    written = found.write(runs[0])
+    for line in [*found.lines(), *(f"written: {path}" for path in written)]:
+        print(line)
+
+
+@app.command()
+def check(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)],
+    baseline: Annotated[Path, typer.Option(help="Folder of the run it is held against.")],
+    margin: Annotated[
+        float,
+        typer.Option(help="Loss to be ruled out: points of accuracy, per cent of an error."),
+    ] = 1.0,
+    slowdown: Annotated[
+        float, typer.Option(help="Growth of time or memory that is tolerated, in per cent.")
+    ] = 15.0,
+    format: Annotated[
+        Literal["text", "github"], typer.Option(help="github: Markdown for a job summary.")
+    ] = "text",
+) -> None:
+    """Exit with status 1 if a run is worse than a baseline: in accuracy, time or memory."""
+    found = regression.check(run, baseline, margin, slowdown)
+    if format == "github":
+        print(found.markdown())
+    else:
+        Console().print(found.table())
+        print("\n".join([*found.notes, found.rule, found.conclusion]))
+    if found.regressed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")],
+) -> None:
+    """Write a run's report: a page (report.html), a pull request comment, a LaTeX table, figures.
+
+    For example: python -m bench report results/demo
+    """
+    with Console(stderr=True).status("reading the run"):
+        written = reports.write(folder)
+    for path in written:
+        print(path)
 
 
 list_app = typer.Typer(help="What there is: algorithms, datasets.", no_args_is_help=True)

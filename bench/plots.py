@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bench.stats import mean_interval
 
+if TYPE_CHECKING:
+    from bench.tables import Tables
+
 matplotlib.use("Agg")
 
+COSTS = {
+    "step_ms": ("time of a meta-step, ms", 1.0),
+    "eval_ms_per_episode": ("time to adapt to and score an episode, ms", 1.0),
+    "train_seconds": ("training time, s", 1.0),
+    "peak_memory_bytes": ("peak memory, MiB", 2.0**20),
+    "step_gflops": ("work of a meta-step, GFLOP", 1.0),
+}
+"""What an entry costs, the median over its seeds: its name and unit as shown, and that unit."""
+
+# Apart for colour-blind readers, and of 3:1 contrast on white and on black.
+PALETTE = (
+    *("#3478c6", "#d0641a", "#1f9670", "#b455a8"),
+    *("#8a7a12", "#d14a61", "#6b7785", "#1a93ad"),
+)
+THIN = {"grid.linewidth": 0.6, "axes.linewidth": 0.8, "grid.color": "0.88"}
+OVERS = {
+    "seeds": "over seeds (the algorithm, trained again)",
+    "episodes": "over test episodes (this trained model on new tasks)",
+}
+LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 
 
@@ -27,11 +52,14 @@ def draw_all(summary: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and SVG."""
+    """Write a figure as PNG and SVG, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    figure.savefig(written[0], dpi=200, bbox_inches="tight")
-    figure.savefig(written[1], bbox_inches="tight", metadata={"Date": None})
+    written = []
+    for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+        target = path.with_name(f"{path.name}.{kind}")
+        aside = path.with_name(f"{path.name}.{kind}.part")
+        figure.savefig(aside, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+        written.append(aside.replace(target))
     return written
 
 
@@ -54,9 +82,18 @@ def intervals(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def accuracy(summary: pd.DataFrame) -> Figure:
-    """Accuracy (or error) by algorithm and shots, a panel a dataset and number of ways."""
-    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=0.9)
-    scores, meaning = intervals(summary)
+    """A summary's scores by algorithm and shots."""
+    return scores_by_shots(*intervals(summary))
+
+
+def scores_by_shots(scores: pd.DataFrame, meaning: str) -> Figure:
+    """Accuracy (or error) by algorithm and shots, a panel a dataset and number of ways.
+
+    Args:
+        scores: columns as :func:`intervals` gives them.
+        meaning: what the intervals speak of.
+    """
+    sns.set_theme(style="whitegrid", font_scale=0.9, rc=THIN)
     algorithms = list(dict.fromkeys(scores["algorithm"]))
     panels = list(scores.groupby(["dataset", "ways", "metric"], sort=False))
     figure = Figure(figsize=(1.5 + 3.4 * len(panels), 3.6), layout="constrained")
@@ -72,7 +109,6 @@ def accuracy(summary: pd.DataFrame) -> Figure:
 def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
     dataset, ways, metric = panel[["dataset", "ways", "metric"]].iloc[0]
     shots = sorted(panel["shots"].unique())
-    colours = sns.color_palette("colorblind", len(algorithms))
     for index, name in enumerate(algorithms):
         mine = panel[panel["algorithm"] == name].sort_values("shots")
         beside = 0.12 * (index - (len(algorithms) - 1) / 2)
@@ -81,7 +117,7 @@ def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
             mine["mean"],
             yerr=mine["ci95"],
             label=name,
-            color=colours[index],
+            color=PALETTE[index % len(PALETTE)],
             marker=MARKERS[index % len(MARKERS)],
             linestyle="none",
             capsize=3,
@@ -100,3 +136,148 @@ def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
         axis.set_title(dataset, fontsize="medium")
         axis.set_ylim(bottom=0)
         axis.set_ylabel("mean squared error")
+
+
+# Of a report's tables
+
+
+def draw_tables(tables: Tables, folder: Path) -> list[Path]:
+    """Draw a report's figures; the paths of what was drawn, none where nothing is complete."""
+    board = tables.leaderboard[tables.leaderboard["seeds"] > 0]
+    if board.empty:
+        return []
+    half = (board["high"] - board["low"]) / 2
+    scores = board.assign(algorithm=board["label"], ci95=half)
+    if board["device"].nunique() > 1:
+        scores["dataset"] = board["dataset"] + " on " + board["device"]
+    overs = set(board["over"])
+    meaning = OVERS[overs.pop()] if len(overs) == 1 else "over seeds, or over episodes for one seed"
+    figures = {
+        "accuracy": scores_by_shots(scores, meaning),
+        "adaptation": adaptation(board, tables.adaptation),
+        "learning": learning(board, tables.learning, "iteration"),
+        "learning_seconds": learning(board, tables.learning, "seconds"),
+        "cost": cost(board, "step_ms", meaning),
+        "memory": cost(board, "peak_memory_bytes", meaning),
+    }
+    return [path for name, figure in figures.items() for path in save(figure, folder / name)]
+
+
+def adaptation(board: pd.DataFrame, points: pd.DataFrame) -> Figure:
+    """The score after 0, 1, ... inner steps, as Finn et al. 2017 draw it."""
+    figure, panels = _grid(
+        board, "inner steps; bands: 95% intervals over episodes (these trained models on new tasks)"
+    )
+    for axis, entries in panels:
+        _curves(axis, entries, points, "step", board)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return figure
+
+
+def learning(board: pd.DataFrame, points: pd.DataFrame, against: str) -> Figure:
+    """The score on validation episodes (training tasks where there are none) during training."""
+    of = "validation" if (points["of"] == "validation").any() else "training"
+    title = {"iteration": "iterations", "seconds": "seconds of training"}[against]
+    figure, panels = _grid(board, f"{title}, scored on {of} tasks; bands: lowest to highest seed")
+    for axis, entries in panels:
+        _curves(axis, entries, points[points["of"] == of], against, board)
+    return figure
+
+
+def cost(board: pd.DataFrame, measure: str, meaning: str) -> Figure:
+    """Score against cost; the Pareto front is joined, and its entries are filled."""
+    title, unit = COSTS[measure]
+    note = f"{title}; filled: Pareto front; bars: 95% intervals {meaning}"
+    figure, panels = _grid(board, note, lines=False)
+    for axis, entries in panels:
+        known = entries[entries[measure].notna()]
+        scale = _scale(entries)
+        for _, row in known.iterrows():
+            style = _style(row["label"], board)
+            on_front = row[f"pareto_{measure}"]
+            axis.errorbar(
+                row[measure] / unit,
+                scale * row["mean"],
+                yerr=None if pd.isna(row["low"]) else scale * (row["high"] - row["low"]) / 2,
+                color=style["color"],
+                marker=style["marker"],
+                markersize=7,
+                markerfacecolor=style["color"] if on_front else "white",
+                elinewidth=1,
+                linestyle="none",
+            )
+        front = known[known[f"pareto_{measure}"]].sort_values(measure)
+        axis.step(
+            front[measure] / unit,
+            scale * front["mean"],
+            where="post",
+            color="0.4",
+            linestyle=":",
+            linewidth=1.2,
+            zorder=0,
+        )
+        if len(known) and known[measure].max() > 8 * known[measure].min() > 0:
+            axis.set_xscale("log")
+        axis.grid(False, axis="x")
+    return figure
+
+
+def _grid(
+    board: pd.DataFrame, note: str, lines: bool = True
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel for each setting, a legend of all entries, and a line of text."""
+    sns.set_theme(style="whitegrid", font_scale=0.9, rc=THIN)
+    settings = list(board.groupby(["dataset", "ways", "shots", "device"], sort=False))
+    columns = min(4, len(settings))
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(1.6 + 3.3 * columns, 0.6 + 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[len(settings) :]:
+        unused.remove()
+    panels = []
+    for axis, ((dataset, ways, shots, device), entries) in zip(axes, settings, strict=False):
+        accurate = entries["metric"].iloc[0] == "accuracy"
+        shape = f"{ways}-way {shots}-shot" if accurate else f"{shots}-shot"
+        where = f", {device}" if board["device"].nunique() > 1 else ""
+        axis.set_title(f"{dataset}, {shape}{where}", fontsize="medium")
+        axis.set_ylabel("accuracy, %" if accurate else "mean squared error")
+        panels.append((axis, entries))
+    names = list(dict.fromkeys(board["label"]))
+    styles = [_style(name, board) for name in names]
+    handles = [
+        Line2D([], [], **(style if lines else style | {"linestyle": "none"})) for style in styles
+    ]
+    figure.legend(handles, names, loc="outside right upper", frameon=False)
+    figure.supxlabel(note, fontsize="small")
+    return figure, panels
+
+
+def _curves(
+    axis: Axes, entries: pd.DataFrame, points: pd.DataFrame, x: str, board: pd.DataFrame
+) -> None:
+    """A line with its band for each entry that has points."""
+    scale = _scale(entries)
+    for _, row in entries.iterrows():
+        mine = points[points["entry"] == row["entry"]]
+        style = _style(row["label"], board)
+        every = max(1, len(mine) // 8)
+        axis.plot(mine[x], scale * mine["mean"], markevery=every, markersize=5, **style)
+        low, high = scale * mine["low"], scale * mine["high"]
+        axis.fill_between(mine[x], low, high, color=style["color"], alpha=0.12, linewidth=0)
+    if entries["metric"].iloc[0] == "mse":
+        axis.set_ylim(bottom=0)
+    axis.grid(False, axis="x")
+
+
+def _scale(entries: pd.DataFrame) -> float:
+    return 100.0 if entries["metric"].iloc[0] == "accuracy" else 1.0
+
+
+def _style(label: str, board: pd.DataFrame) -> dict[str, Any]:
+    """An entry's colour, marker and line: the same in every figure, and apart without colour."""
+    index = list(dict.fromkeys(board["label"])).index(label)
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index % len(LINES)],
+    }

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 import datasets
+from algorithms.verification import verify
 from bench import measure, plots, stats
 from bench.errors import BenchError, CellError
 from bench.progress import Display
@@ -25,6 +26,10 @@ from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_h
 from bench.sweep import Cell, Sweep
 from bench.training import build, train, validation_interval, write_tensors
 from datasets import EpisodeSpec, Source
+
+
+GRADIENT_TOLERANCE = 1e-8
+"""How far, relatively, an engine's gradient may be from the reference's in float64."""
 
 
 class Sources:
@@ -85,9 +90,33 @@ def check(cells: list[Cell], sources: Sources) -> None:
                 f"with {cell.test_shots} test shots in its test split, not {cell.episodes}; "
                 f"give --episodes {there}"
             )
-    for cell in {(c.algorithm, c.dataset): c for c in cells}.values():
-        on_cpu = cell.model_copy(update={"device": "cpu"})
-        build(on_cpu, sources.require(cell.dataset, "train", "cpu"))
+    for cell in {(c.algorithm, c.dataset, c.ways, c.shots): c for c in cells}.values():
+        check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))
+
+
+def check_gradient(cell: Cell, source: Source) -> None:
+    """Compare the meta-gradient of the engine that will run with the reference's, in float64.
+
+    Raises:
+        BenchError: they differ by more than rounding.
+    """
+    algorithm = build(cell.model_copy(update={"device": "cpu"}), source)
+    if algorithm.engine == "higher":
+        return
+    shots = cell.train_shots or cell.shots
+    spec = EpisodeSpec(cell.dataset, "train", cell.ways, shots, cell.test_shots, 0)
+    error = verify(
+        cell.algorithm,
+        algorithm.model,
+        source.batch(spec, range(2)),
+        cell.hyperparameters,
+        engine=algorithm.engine,
+    )
+    if not error < GRADIENT_TOLERANCE:
+        raise BenchError(
+            f"{cell.algorithm}'s gradient by the {algorithm.engine} engine is {error:.1e} from "
+            "that by higher; use --engine higher"
+        )
 
 
 def check_device(name: str) -> None:

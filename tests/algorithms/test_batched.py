@@ -354,7 +354,9 @@ def test_native_convolutions_agree(
     assert verify(name, model, make_batch(SHAPES[network]), settings) < 1e-10
 
 
-def test_standardise_differentiates_twice() -> None:
+@pytest.mark.parametrize("block", [1, 12, 2**20])
+def test_standardise_differentiates_twice(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched_layers, "BLOCK_ELEMENTS", block)
     rows = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: Standardise.apply(x, 1e-5), rows)
     assert gradgradcheck(lambda x: Standardise.apply(x, 1e-5), rows)

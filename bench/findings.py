@@ -1,0 +1,125 @@
+"""What a run's tables say, in words and numbers for people: tasks, scores, who leads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from bench.comparison import Row
+from bench.tables import SETTING, unlike
+
+
+@dataclass(frozen=True)
+class Task:
+    """What entries are compared on: a dataset, ways, shots and a device.
+
+    Attributes:
+        rows: its part of the leaderboard, the entries that have a score.
+    """
+
+    index: int
+    name: str
+    metric: str
+    setting: tuple[Any, ...]
+    rows: pd.DataFrame
+
+    @property
+    def scale(self) -> float:
+        """From the metric to what is shown: accuracies are shown in per cent."""
+        return 100.0 if self.metric == "accuracy" else 1.0
+
+    @property
+    def axis(self) -> str:
+        """The metric and its unit."""
+        return "accuracy, %" if self.metric == "accuracy" else "mean squared error"
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing scores, as shown."""
+        return 100 / float(self.setting[1]) if self.metric == "accuracy" else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who leads on a task, and from whom that is told apart."""
+
+    task: str
+    leader: str
+    score: str
+    lines: list[str]
+
+
+def tasks(leaderboard: pd.DataFrame) -> list[Task]:
+    """The tasks that have a score, in the leaderboard's order."""
+    scored = leaderboard[leaderboard["seeds"] > 0]
+    found: list[Task] = []
+    for setting, rows in scored.groupby(list(SETTING), sort=False):
+        name = task_name(rows.iloc[0], leaderboard)
+        found.append(Task(len(found), name, rows["metric"].iloc[0], tuple(setting), rows))
+    return found
+
+
+def task_name(row: pd.Series[Any], leaderboard: pd.DataFrame) -> str:
+    """An entry's task; a regression has no ways, and the device is said where there are several."""
+    shape = "" if row["metric"] == "mse" else f"{row['ways']}-way "
+    device = f" on {row['device']}" if leaderboard["device"].nunique() > 1 else ""
+    return f"{row['dataset']}, {shape}{row['shots']}-shot{device}"
+
+
+def score(row: pd.Series[Any], half: str) -> str:
+    """Mean and half width with the unit, accuracies in per cent: ``81.3 ± 0.7%``."""
+    scale, digits, unit = (100, 1, "%") if row["metric"] == "accuracy" else (1, 3, "")
+    width = "" if pd.isna(row[half]) else f" ± {scale * row[half]:.{digits}f}"
+    return f"{scale * row['mean']:.{digits}f}{width}{unit}"
+
+
+def headline(row: pd.Series[Any]) -> str:
+    """An entry's score with its interval, and what that speaks of."""
+    if row["over"] == "seeds":
+        return f"{score(row, 'ci_seeds')} over {row['seeds']} seeds"
+    return f"{score(row, 'ci_episodes')} over {int(row['episodes'])} episodes"
+
+
+def pairs(task: Task, rows: Iterable[Row]) -> list[Row]:
+    """The comparisons made on a task."""
+    return [row for row in rows if (row.dataset, row.ways, row.shots, row.device) == task.setting]
+
+
+def level_with_best(task: Task, rows: Iterable[Row]) -> list[str]:
+    """The entry with the best mean, and those that were compared with it and not told apart."""
+    best = task.rows["label"].iloc[0]
+    level = [best]
+    for row in pairs(task, rows):
+        both = (row.algorithm_a, row.algorithm_b)
+        if best in both and not row.better:
+            level.append(both[1] if both[0] == best else both[0])
+    return level
+
+
+def verdict(task: Task, rows: Sequence[Row]) -> Verdict:
+    """What a task's entries and their comparisons come to."""
+    first = task.rows.iloc[0]
+    best = first["label"]
+    level = level_with_best(task, rows)[1:]
+    beaten = [
+        row.algorithm_b if row.better == row.algorithm_a else row.algorithm_a
+        for row in pairs(task, rows)
+        if row.better == best
+    ]
+    lines = []
+    if beaten:
+        lines.append(f"Better than {listed(beaten)}.")
+    if level:
+        lines.append(f"Not told apart from {listed(level)}.")
+    for names in unlike(task.rows).values():
+        lines.append(f"Unlike settings: {listed(names)} differ.")
+    return Verdict(task.name, best, headline(first), lines)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence lists them."""
+    words = [name.replace("_", " ") for name in names]
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -1,0 +1,169 @@
+"""A run's leaderboard for a pull request (Markdown) and for a paper (LaTeX, booktabs)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.comparison import Row
+from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
+from bench.tables import Tables, varying
+
+INTERVALS = (
+    "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again; over "
+    "episodes of this trained model, on new tasks."
+)
+
+
+HALF = "$\\pm$: half of the 95\\% interval"
+
+
+def markdown(
+    name: str, tables: Tables, rows: Sequence[Row], notes: Sequence[str], command: str
+) -> str:
+    """The report for a pull request."""
+    board = tables.leaderboard
+    settings = varying(board)
+    titles = ["task", "algorithm", *(s.replace("_", " ") for s in settings), "score"]
+    titles += ["meta-step, ms", "memory, MiB"]
+    lines = [f"## {_md(name)}", "", INTERVALS, "", _md_row(titles)]
+    lines.append("|---|---|" + "---:|" * (len(titles) - 2))
+    for _, row in board.iterrows():
+        failed = "**failed**" if row["seeds"] == 0 else _md(headline(row))
+        memory = row["peak_memory_bytes"] / 2**20
+        lines.append(
+            _md_row(
+                [_md(task_name(row, board)), _md(row["label"])]
+                + [_md(plain(row[setting])) for setting in settings]
+                + [failed, _number(row["step_ms"], 1), _number(memory, 0)]
+            )
+        )
+    lines.append("")
+    for task in tasks(board):
+        found = verdict(task, rows)
+        said = " ".join([f"best mean: {found.leader}.", *found.lines])
+        lines.append(f"- **{_md(task.name)}**: {_md(said)}")
+    if not tables.faults.empty:
+        lines += ["", f"Not here ({len(tables.faults)}):", ""]
+        for fault in tables.faults.head(50).itertuples():
+            reason = str(fault.reason).strip().splitlines()[-1:]
+            lines.append(f"- {_md(str(fault.cell))}: {fault.status}: {_md(' '.join(reason))}")
+        if len(tables.faults) > 50:
+            lines.append(f"- and {len(tables.faults) - 50} more")
+    lines += ["", *(f"> {_md(note)}" for note in notes)]
+    if command:
+        lines += ["", "```", command, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def latex(tables: Tables, rows: Sequence[Row]) -> str:
+    """A booktabs table a dataset: entries down, tasks across."""
+    found = tasks(tables.leaderboard)
+    datasets = list(dict.fromkeys((task.setting[0], task.setting[3]) for task in found))
+    parts = ["% \\usepackage{booktabs}"]
+    for dataset, device in datasets:
+        mine = [t for t in found if (t.setting[0], t.setting[3]) == (dataset, device)]
+        parts.append(_table(mine, rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(found: Sequence[Task], rows: Sequence[Row]) -> str:
+    board = pd.concat([task.rows for task in found])
+    settings = varying(board)
+    names = list(dict.fromkeys(board["label"]))
+    titles = ["algorithm", *(name.replace("_", " ") for name in settings)]
+    shots = "" if found[0].metric == "mse" else "{}-way "
+    heads = [f"{shots.format(t.setting[1])}{t.setting[2]}-shot" for t in found]
+    columns = [_column(task, rows) for task in found]
+    body = []
+    for name in names:
+        mine = board[board["label"] == name]
+        # A setting that changes from task to task is listed in their order.
+        values = [" / ".join(dict.fromkeys(map(plain, mine[setting]))) for setting in settings]
+        scores = [column.get(name, "--") for column in columns]
+        body.append(_tex_row([*map(tex, [name, *values]), *scores]))
+    metric = "accuracy (\\%)" if found[0].metric == "accuracy" else "mean squared error"
+    return "\n".join(
+        [
+            "\\begin{table}",
+            "\\centering",
+            f"\\caption{{{tex(found[0].setting[0])}, {metric} {_caption(board, bool(rows))}}}",
+            f"\\begin{{tabular}}{{l{'r' * len(settings)}{'c' * len(found)}}}",
+            "\\toprule",
+            _tex_row([*map(tex, titles), *heads]),
+            "\\midrule",
+            *body,
+            "\\bottomrule",
+            "\\end{tabular}",
+            "\\end{table}",
+        ]
+    )
+
+
+def _caption(board: pd.DataFrame, compared: bool) -> str:
+    parts = ["after the last inner step."]
+    seeds, models = board[board["over"] == "seeds"], board[board["over"] == "episodes"]
+    if not seeds.empty:
+        counts = "--".join(str(n) for n in sorted({seeds["seeds"].min(), seeds["seeds"].max()}))
+        parts.append(f"{HALF} over {counts} seeds (the algorithm, trained again).")
+    if not models.empty:
+        start = HALF if seeds.empty else "$^\\dagger$: one seed, interval"
+        parts.append(f"{start} over test episodes (this trained model on new tasks).")
+    if compared:
+        parts.append("Bold: the best mean, and what is not told apart from it (Holm, 5\\%).")
+    return " ".join(parts)
+
+
+def _column(task: Task, rows: Sequence[Row]) -> dict[str, str]:
+    """The scores of a task by their entry."""
+    bold = level_with_best(task, rows) if rows else []
+    mixed = task.rows["over"].nunique() > 1
+    cells = {}
+    for _, row in task.rows.iterrows():
+        over_seeds = row["over"] == "seeds"
+        half = row["ci_seeds"] if over_seeds else row["ci_episodes"]
+        digits = 1 if task.metric == "accuracy" else 3
+        mean = f"{task.scale * row['mean']:.{digits}f}"
+        if row["label"] in bold:
+            mean = f"\\mathbf{{{mean}}}"
+        width = "" if pd.isna(half) else f" \\pm {task.scale * half:.{digits}f}"
+        mark = "^\\dagger" if mixed and not over_seeds else ""
+        cells[row["label"]] = f"${mean}{width}{mark}$"
+    return cells
+
+
+def plain(value: Any) -> str:
+    """A setting for people; one that was left to the default is ``-``."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
+
+
+def _number(value: float, digits: int) -> str:
+    return "" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown, and the HTML in it, leave as it is."""
+    escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(str(text).split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _md_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return f"{' & '.join(cells)} \\\\"
+
+
+def tex(text: str) -> str:
+    """Text that LaTeX leaves as it is."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))

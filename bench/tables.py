@@ -1,0 +1,387 @@
+"""What a run found, as tables: records -> tables -> pictures.
+
+A row of the leaderboard, an *entry*, is one algorithm under one group of settings, over its seeds.
+Two entries are comparable in so far as their settings agree; the settings that decide this are
+:data:`FAIRNESS`, and whoever shows the leaderboard shows those of them that vary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from bench.comparison import Entrant, Result, entrants, labels
+from bench.errors import BenchError
+from bench.plots import COSTS
+from bench.stats import Over, mean_interval
+from bench.store import CHECKPOINT, RECORD, SCORES, TRAINING, Record, Run
+from bench.sweep import Cell, Sweep, read_sweep
+
+SETTING = ("dataset", "ways", "shots", "device")
+"""What a comparison holds fixed: the task, and the machine that its costs belong to."""
+
+FAIRNESS = (
+    *("test_shots", "train_shots", "inner_steps", "eval_steps", "norm", "meta_batch"),
+    *("iterations", "episodes", "eval_seed", "protocol", "model", "engine", "source"),
+)
+"""Settings that change what a score means: a table over unlike ones shows them."""
+
+COUNTS = ("samples_per_step", "gradients_per_step")
+"""How much a meta-step sees and does."""
+
+POINTS = 60
+"""Points of a learning curve: a page with 2,000 cells stays small, and no eye sees more."""
+
+ADAPTATION = ("step", "mean", "low", "high")
+LEARNING = ("of", "iteration", "seconds", "mean", "low", "high")
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that a report shows.
+
+    Attributes:
+        leaderboard: one row an entry, better ones first within a setting: ``entry``, ``label``, the
+            settings, ``seeds``, ``failed`` (seeds that failed), ``metric``, ``mean``, the half
+            widths ``ci_seeds`` and ``ci_episodes``, the headline interval ``low``, ``high`` and
+            what it is ``over``, the costs, and ``pareto_<cost>``.
+        adaptation: ``entry``, ``step``, ``mean``, ``low``, ``high``: after 0, 1, ... inner
+            steps, with the interval over episodes (these trained models, on new tasks).
+        learning: ``entry``, ``of`` (training or validation), ``iteration``, ``seconds``, ``mean``,
+            and the ``low``-est and ``high``-est seed.
+        faults: cells that are not here: ``cell``, ``status`` (failed, damaged, missing) and
+            ``reason``.
+        sweep: what was asked, where ``sweep.toml`` says.
+    """
+
+    leaderboard: pd.DataFrame
+    adaptation: pd.DataFrame
+    learning: pd.DataFrame
+    faults: pd.DataFrame
+    sweep: Sweep | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A complete cell: its result, its scores (episodes, steps + 1) and its learning curve."""
+
+    result: Result
+    scores: Floats
+    learning: pd.DataFrame
+
+    @property
+    def record(self) -> Record:
+        return self.result.record
+
+
+def read(run: Run) -> Tables:
+    """The tables of a run; cells that cannot be read are named among the faults.
+
+    Raises:
+        BenchError: there is no run in the folder.
+    """
+    if not run.cells.is_dir() and not (run.folder / "sweep.toml").is_file():
+        raise BenchError(f"{run.folder} is not a run: it has neither cells nor a sweep.toml")
+    loaded, faults = _load_all(run)
+    failed = list(_failures(run))
+    faults += [(str(cell), "failed", reason) for cell, reason in failed]
+    try:
+        sweep = read_sweep(run.folder / "sweep.toml", {})
+    except BenchError as error:
+        sweep = None
+        faults.append(("sweep.toml", "damaged", str(error)))
+    if sweep is not None:
+        there = [one.record.cell for one in loaded] + [cell for cell, _ in failed]
+        faults += [(name, "missing", "not made yet") for name in missing(sweep, there)]
+    groups = _groups(loaded)
+    leaderboard = _leaderboard(groups, [cell for cell, _ in failed])
+    members = {i: groups[key] for i, key in enumerate(leaderboard["key"]) if key is not None}
+    return Tables(
+        leaderboard.drop(columns="key"),
+        _stacked({entry: _adaptation(group) for entry, group in members.items()}, ADAPTATION),
+        _stacked({entry: _learning(group) for entry, group in members.items()}, LEARNING),
+        pd.DataFrame(faults, columns=["cell", "status", "reason"]),
+        sweep,
+    )
+
+
+# Reading
+
+
+def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
+    """The cells that can be read, and the faults of those that cannot."""
+    records = {record.cell.id: record for record in run.records()}
+    loaded, faults = [], []
+    for name in _folders(run.cells):
+        try:
+            loaded.append(_load(run, records[name]))
+        except KeyError:
+            faults.append((f"cells/{name}", "damaged", _damage(run.cells / name)))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            faults.append((f"{records[name].cell} (cells/{name})", "damaged", reason))
+    return loaded, faults
+
+
+def _folders(cells: Path) -> list[str]:
+    if not cells.is_dir():
+        return []
+    return sorted(path.name for path in cells.iterdir() if not path.name.startswith("."))
+
+
+def _damage(folder: Path) -> str:
+    """Why a cell's folder gives no record."""
+    for name in (RECORD, SCORES, TRAINING, CHECKPOINT):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size == 0:
+            return f"{name} is absent or empty"
+    try:
+        json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{RECORD} is not JSON"
+    return f"{RECORD} does not describe this cell: it was changed, or made by another version"
+
+
+def _load(run: Run, record: Record) -> _Loaded:
+    """Read a cell's tables.
+
+    Raises:
+        OSError, ValueError, TypeError, AttributeError: they are not what they should be.
+    """
+    cell, figures = record.cell, record.figures
+    if figures.get("metric") not in ("accuracy", "mse") or not math.isfinite(figures["mean"]):
+        raise ValueError("cell.json has no score")
+    try:
+        scores = run.scores(cell).pivot(index="episode", columns="step", values="metric")
+        training = pd.read_parquet(run.cells / cell.id / TRAINING)
+        learning = _curve(training)
+    except KeyError as error:
+        raise ValueError(f"no column {error}") from error
+    if scores.shape != (cell.episodes, cell.eval_steps + 1):
+        raise ValueError(f"scores of {scores.shape[0]} episodes, not of {cell.episodes}")
+    values = scores.to_numpy(np.float64)
+    return _Loaded(Result(record, values[:, -1], pd.DataFrame()), values, learning)
+
+
+def _curve(training: pd.DataFrame) -> pd.DataFrame:
+    """At most :data:`POINTS` bins of a training, and its validations: ``of``, ``iteration``,
+    ``seconds`` of training so far, ``value``."""
+    seconds = training["seconds"].cumsum()
+    ends = np.unique(np.linspace(0, len(training), min(POINTS, len(training)) + 1).astype(int))[1:]
+    bins = np.searchsorted(ends, np.arange(len(training)), side="right")
+    points = pd.DataFrame(
+        {
+            "of": "training",
+            "iteration": training["iteration"].to_numpy()[ends - 1],
+            "seconds": seconds.to_numpy()[ends - 1],
+            "value": training["metric"].groupby(bins).mean().to_numpy(),
+        }
+    )
+    if "val_metric" not in training:
+        return points
+    at = np.flatnonzero(training["val_metric"].notna())
+    at = at[np.unique(np.linspace(0, len(at) - 1, min(POINTS, len(at))).astype(int))]
+    validations = pd.DataFrame(
+        {
+            "of": "validation",
+            "iteration": training["iteration"].to_numpy()[at],
+            "seconds": seconds.to_numpy()[at],
+            "value": training["val_metric"].to_numpy()[at],
+        }
+    )
+    return pd.concat([points, validations], ignore_index=True)
+
+
+def _failures(run: Run) -> Iterator[tuple[Cell, str]]:
+    """The cells that failed, and why; what cannot be read is skipped (the cell is then missing)."""
+    failures = run.failures()
+    for failure in failures.values() if isinstance(failures, dict) else []:
+        try:
+            yield Cell(**failure["settings"]), str(failure["reason"])
+        except (KeyError, TypeError, ValueError):
+            continue
+
+
+def missing(sweep: Sweep, there: Sequence[Cell]) -> list[str]:
+    """What was asked for and is not there, by the axes of the sweep.
+
+    Axes, not cell ids: those would need the sweep's plug-in, and a report runs nobody's code.
+    """
+    asked = product(
+        sweep.datasets, sweep.ways, sweep.shots, sweep.seeds, sweep.devices, sweep.algos
+    )
+    found = {(c.dataset, c.ways, c.shots, c.seed, c.device, c.algorithm) for c in there}
+    return [
+        f"{algorithm} {dataset} {ways}-way {shots}-shot seed {seed}"
+        for dataset, ways, shots, seed, device, algorithm in asked
+        if (dataset, ways, shots, seed, device, algorithm) not in found
+    ]
+
+
+# Entries
+
+
+def _groups(loaded: Sequence[_Loaded]) -> dict[Entrant, list[_Loaded]]:
+    """The cells of each entry: those that differ in nothing but the seed."""
+    by_result = {one.result: one for one in loaded}
+    field = entrants(one.result for one in loaded)
+    return {one: [by_result[result] for result in one.by_seed.values()] for one in field}
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    settings = cell.model_dump(exclude={"seed", "hyperparameters"})
+    return settings | cell.hyperparameters
+
+
+def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -> pd.DataFrame:
+    """One row an entrant, in ``key``, and one, without a key, for failed cells that have none."""
+    failures: dict[str, list[Cell]] = {}
+    for cell in failed:
+        failures.setdefault(_seedless(cell), []).append(cell)
+    names = labels(list(groups))
+    rows: list[dict[str, Any]] = []
+    for entrant, group in groups.items():
+        lost = failures.pop(_seedless(group[0].record.cell), [])
+        rows.append({"key": entrant, "label": names[entrant], **_entry(group), "failed": len(lost)})
+    for cells in failures.values():
+        cell = cells[0]
+        failure = {"key": None, "label": cell.algorithm, "seeds": 0, "failed": len(cells)}
+        rows.append(failure | _settings(cell))
+    columns = [
+        "key",
+        "label",
+        "algorithm",
+        *SETTING,
+        *FAIRNESS,
+        "seeds",
+        "failed",
+        "metric",
+        "mean",
+    ]
+    columns += ["ci_seeds", "ci_episodes", "low", "high", "over", *COSTS, *COUNTS]
+    frame = pd.DataFrame(rows)
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *columns])))
+    frame["merit"] = frame["mean"].where(frame["metric"] == "accuracy", -frame["mean"])
+    frame = frame.sort_values(
+        [*SETTING, "merit", "label"], ascending=[True] * 4 + [False, True], ignore_index=True
+    )
+    frame.insert(0, "entry", frame.index)
+    for cost in COSTS:
+        frame[f"pareto_{cost}"] = False
+        for _, members in frame.groupby(list(SETTING), sort=False):
+            frame.loc[members.index, f"pareto_{cost}"] = pareto(members[cost], members["merit"])
+    return frame.drop(columns="merit")
+
+
+def _seedless(cell: Cell) -> str:
+    return cell.model_copy(update={"seed": 0}).id
+
+
+def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:
+    """Settings, score and costs of one entry."""
+    first = group[0].record
+    means = np.array([one.record.figures["mean"] for one in group])
+    over_seeds = _half_width(means, "seeds")
+    over_episodes = _half_width(np.mean([one.scores[:, -1] for one in group], axis=0), "episodes")
+    half = over_episodes if math.isnan(over_seeds) else over_seeds
+    rows = pd.DataFrame([one.record.row() for one in group])
+    measured = rows.select_dtypes("number").drop(columns="seed").median()
+    return {
+        **measured,
+        **_settings(first.cell),
+        "engine": first.figures.get("engine", first.cell.hyperparameters.get("engine")),
+        "source": first.source,
+        "seeds": len(group),
+        "metric": first.figures["metric"],
+        "mean": float(means.mean()),
+        "ci_seeds": over_seeds,
+        "ci_episodes": over_episodes,
+        "low": float(means.mean()) - half,
+        "high": float(means.mean()) + half,
+        "over": "episodes" if math.isnan(over_seeds) else "seeds",
+    }
+
+
+def varying(leaderboard: pd.DataFrame) -> list[str]:
+    """The settings of :data:`FAIRNESS` that are not the same for every entry.
+
+    Training with the shots of the test is the same for all, whatever their number.
+    """
+    found = [name for name in FAIRNESS if leaderboard[name].astype(str).nunique() > 1]
+    if (leaderboard["train_shots"] == leaderboard["shots"]).all():
+        found = [name for name in found if name != "train_shots"]
+    return found
+
+
+def unlike(leaderboard: pd.DataFrame) -> dict[tuple[Any, ...], list[str]]:
+    """By setting, in which :data:`FAIRNESS` settings its entries differ from one another."""
+    found = {}
+    for setting, rows in leaderboard.groupby(list(SETTING), sort=False):
+        differing = [name for name in FAIRNESS if rows[name].astype(str).nunique() > 1]
+        if differing:
+            found[tuple(setting)] = differing
+    return found
+
+
+def pareto(cost: pd.Series[float], merit: pd.Series[float]) -> pd.Series[bool]:
+    """Whether no other entry is at least as good for at most the cost, and better in one of both.
+
+    Where the cost was not measured there is no telling: False.
+    """
+    front = pd.Series(False, index=cost.index)
+    known = cost.notna() & merit.notna()
+    best = -math.inf
+    ordered = pd.DataFrame({"cost": cost[known], "merit": merit[known]})
+    for _, tied in ordered.groupby("cost"):
+        if tied["merit"].max() > best:
+            best = tied["merit"].max()
+            front[tied.index[tied["merit"] == best]] = True
+    return front
+
+
+# Curves
+
+
+def _adaptation(group: Sequence[_Loaded]) -> pd.DataFrame:
+    """The score after each inner step, with its interval over episodes."""
+    scores = np.mean([one.scores for one in group], axis=0)
+    mean = scores.mean(axis=0)
+    half = np.array([_half_width(column, "episodes") for column in scores.T])
+    steps = np.arange(mean.size)
+    return pd.DataFrame({"step": steps, "mean": mean, "low": mean - half, "high": mean + half})
+
+
+def _learning(group: Sequence[_Loaded]) -> pd.DataFrame:
+    """The seeds' learning curves as one: their mean, and the lowest and highest of them."""
+    curves = pd.concat([one.learning for one in group], ignore_index=True)
+    together = curves.groupby(["of", "iteration"], as_index=False)
+    return together.agg(
+        seconds=("seconds", "mean"),
+        mean=("value", "mean"),
+        low=("value", "min"),
+        high=("value", "max"),
+    )
+
+
+def _stacked(frames: dict[int, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The frames of the entries below one another, numbered in ``entry``."""
+    if not frames:
+        return pd.DataFrame(columns=["entry", *columns])
+    stacked = pd.concat(frames, names=["entry"]).reset_index(level="entry")
+    return stacked[["entry", *columns]].reset_index(drop=True)
+
+
+def _half_width(values: Floats, over: Over) -> float:
+    """Half of the 95% interval of a mean; NaN for one value, or for values that are not finite."""
+    return mean_interval(values, over=over).half_width if np.isfinite(values).all() else math.nan

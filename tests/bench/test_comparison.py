@@ -1,0 +1,263 @@
+"""The comparison pairs what may be paired, knows known answers, and says them in sentences."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from bench import comparison, measure
+from bench.comparison import COLUMNS, compare
+from bench.errors import BenchError
+from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run
+from bench.sweep import Cell, Sweep
+from tests.bench.conftest import QUICK
+
+CONTRACT = [
+    *("algorithm_a", "algorithm_b", "dataset", "ways", "shots", "metric", "difference", "low"),
+    *("high", "p", "p_holm", "effect", "seeds", "episodes"),
+]
+NOISE = np.random.default_rng(0)
+
+
+def cell_of(algorithm: str = "maml", **settings) -> Cell:
+    settings = {"datasets": ["glyphs"], "devices": ["cpu"], "episodes": 100} | settings
+    (only,) = Sweep(algos=[algorithm], **settings).cells()
+    return only
+
+
+def costs(step: float = 0.1, peak: float = 1e8, session: str = "s") -> pd.DataFrame:
+    """Seven repeats that drift, and meta-steps that take `step` of the calibration's time."""
+    drift = 1 + 0.1 * np.arange(7)
+    rows = [
+        (phase, repeat, share * drift[repeat], share * drift[repeat], peak, session)
+        for repeat in range(7)
+        for phase, share in (
+            (measure.STEP, step),
+            (measure.EVALUATION, 2 * step),
+            (measure.CALIBRATION, 1.0),
+        )
+    ]
+    columns = ["phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def put(folder: Path, cell: Cell, scores, performance=None, source="s", metric="accuracy") -> None:
+    """Write a complete cell with these scores, as a run writes it."""
+    run = Run(folder)
+    run.cells.mkdir(parents=True, exist_ok=True)
+    workplace = run.workplace(cell)
+    steps = pd.DataFrame({"episode": range(len(scores)), "step": 0, "loss": 1.0, "metric": 0.5})
+    pd.concat([steps, steps.assign(step=1, metric=scores)]).to_parquet(workplace / SCORES)
+    (workplace / TRAINING).write_text("some")
+    (workplace / CHECKPOINT).write_text("some")
+    if performance is not None:
+        performance.to_parquet(workplace / PERFORMANCE)
+    address = cell.test_spec.address
+    figures = {"metric": metric, "episode_address": address, "engine": "batched"}
+    run.complete(cell, source, figures)
+
+
+def scores_of(mean: float, count: int = 100, spread: float = 0.1) -> np.ndarray:
+    return mean + spread * NOISE.standard_normal(count)
+
+
+def test_a_planted_difference_is_found_with_its_interval_and_costs(tmp_path: Path) -> None:
+    base = scores_of(0.6)
+    gain = 0.02 + 0.03 * NOISE.standard_normal(100)
+    put(tmp_path, cell_of("maml"), base + gain, costs(0.2, 3e8))
+    put(tmp_path, cell_of("fomaml"), base, costs(0.1, 1e8))
+    found = compare([tmp_path])
+    (row,) = found.rows
+    assert (row.algorithm_a, row.algorithm_b) == ("fomaml", "maml")
+    expected = stats.ttest_rel(base, base + gain)
+    low, high = expected.confidence_interval(0.95)
+    assert (row.difference, row.low, row.high) == pytest.approx((-gain.mean(), low, high))
+    assert row.p == row.p_holm == pytest.approx(expected.pvalue)
+    assert (row.better, row.over, row.seeds, row.episodes) == ("maml", "episodes", 1, 100)
+    assert (row.time_ratio, row.time_low, row.time_high) == pytest.approx((0.5, 0.5, 0.5))
+    assert row.memory_ratio == pytest.approx(1 / 3)
+    points = [100 * value for value in (gain.mean(), -high, -low)]
+    assert row.sentence().startswith(
+        "maml over fomaml on glyphs 5-way 1-shot: "
+        f"{points[0]:+.1f} points [{points[1]:.1f}, {points[2]:.1f}] over 100 episodes, p < 0.0001 "
+        "after Holm, 2.0x the time [2.0, 2.0], 3.0x the memory"
+    )
+
+
+def test_no_difference_says_what_could_have_been_found(tmp_path: Path) -> None:
+    base = scores_of(0.6)
+    difference = 0.1 * NOISE.standard_normal(100)
+    put(tmp_path, cell_of("maml"), base + difference - difference.mean())
+    put(tmp_path, cell_of("anil"), base)
+    (row,) = compare([tmp_path]).rows
+    assert row.better == ""
+    # (t(0.975) + t(0.8)) standard errors, the textbook's minimum detectable difference.
+    error = difference.std(ddof=1) / 10
+    detectable = (stats.t.ppf(0.975, 99) + stats.t.ppf(0.8, 99)) * error
+    assert row.resolvable == pytest.approx(detectable)
+    assert row.enough_for_half == pytest.approx(400, rel=0.03)
+    assert (
+        f"no difference shown: 100 episodes can resolve {100 * detectable:.2g} points; "
+        f"{row.enough_for_half:.0f} would resolve {50 * detectable:.2g}"
+    ) in row.sentence()
+    assert "costs not measured in turns" in row.sentence()
+
+
+def test_a_lower_error_is_better(tmp_path: Path) -> None:
+    base = scores_of(1.0)
+    put(tmp_path, cell_of("maml", datasets=["sinusoid"]), base - 0.1, metric="mse")
+    put(tmp_path, cell_of("anil", datasets=["sinusoid"]), base, metric="mse")
+    (row,) = compare([tmp_path]).rows
+    assert row.difference == pytest.approx(0.1)
+    assert row.better == "maml"
+    assert "maml over anil on sinusoid 1-shot: -0.1 mse (lower is better)" in row.sentence()
+
+
+def test_p_values_are_corrected_over_the_whole_table(tmp_path: Path) -> None:
+    base = scores_of(0.6)
+    for algorithm in ("maml", "fomaml", "anil"):
+        put(tmp_path, cell_of(algorithm), base + scores_of(0.02, spread=0.05))
+    table = compare([tmp_path]).table
+    assert list(table.columns)[: len(CONTRACT)] == CONTRACT
+    smallest = table["p"].min()
+    assert table.loc[table["p"].idxmin(), "p_holm"] == pytest.approx(min(3 * smallest, 1))
+    assert table["p_holm"].ge(table["p"]).all()
+
+
+def test_two_seeds_give_an_interval_over_seeds(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        base = scores_of(0.6)
+        put(tmp_path, cell_of("maml", seeds=[seed]), base + 0.1 + 0.01 * seed)
+        put(tmp_path, cell_of("anil", seeds=[seed]), base)
+    put(tmp_path, cell_of("anil", seeds=[7]), base)  # a seed that only one has
+    (row,) = compare([tmp_path]).rows
+    assert (row.over, row.seeds) == ("seeds", 3)
+    assert row.difference == pytest.approx(-0.11)
+    # The differences are the same in every episode, so that seeds are all that varies.
+    half = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5
+    assert (row.low, row.high) == pytest.approx((-0.11 - half, -0.11 + half))
+    assert "over 3 seeds" in row.sentence()
+
+
+def test_cells_that_met_other_episodes_are_never_paired(tmp_path: Path) -> None:
+    put(tmp_path, cell_of("maml"), scores_of(0.6))
+    put(tmp_path, cell_of("anil", eval_seed=1), scores_of(0.6))
+    with pytest.raises(BenchError, match=r"nothing to compare: left out: .* other test episodes"):
+        compare([tmp_path])
+    put(tmp_path, cell_of("fomaml"), scores_of(0.6))
+    put(tmp_path, cell_of("reptile", episodes=50), scores_of(0.6, 50))
+    found = compare([tmp_path])
+    assert [(row.algorithm_a, row.algorithm_b) for row in found.rows] == [("fomaml", "maml")]
+    left_out = [note for note in found.notes if note.startswith("left out")]
+    assert len([note for note in left_out if "100 of glyphs/test" in note]) == 3
+    assert any("anil and maml" in note and "seed=1" in note for note in left_out)
+
+
+def test_costs_of_different_sessions_are_not_set_against_each_other(tmp_path: Path) -> None:
+    put(tmp_path, cell_of("maml"), scores_of(0.6), costs(session="one"))
+    put(tmp_path, cell_of("anil"), scores_of(0.6), costs(session="two"))
+    (row,) = compare([tmp_path]).rows
+    assert np.isnan([row.time_ratio, row.memory_ratio]).all()
+
+
+def test_settings_that_are_unlike_are_named_and_tuned_ones_are_not(tmp_path: Path) -> None:
+    put(tmp_path, cell_of("maml", norm="support", inner_lr=0.1), scores_of(0.6))
+    put(tmp_path, cell_of("anil", eval_steps=7), scores_of(0.6))
+    (row,) = compare([tmp_path]).rows
+    assert "eval_steps 7 / 3" in row.unlike
+    assert "norm transductive / support" in row.unlike
+    assert "inner_lr" not in row.unlike
+    assert "unlike (anil / maml): " in row.sentence()
+
+
+def test_one_algorithm_set_up_in_two_ways_is_told_apart(tmp_path: Path) -> None:
+    put(tmp_path / "a", cell_of("maml"), scores_of(0.6))
+    put(tmp_path / "b", cell_of("maml", inner_lr=0.1), scores_of(0.6))
+    put(tmp_path / "b", cell_of("maml"), scores_of(0.9))  # in both runs: the first is taken
+    (row,) = compare([tmp_path / "a", tmp_path / "b"]).rows
+    assert {row.algorithm_a, row.algorithm_b} == {"maml (inner_lr 0.1)", "maml (inner_lr 0.4)"}
+    assert abs(row.difference) < 0.1
+
+
+def test_cells_of_different_source_are_not_mixed_in_silence(tmp_path: Path) -> None:
+    put(tmp_path, cell_of("maml"), scores_of(0.6), source="old")
+    put(tmp_path, cell_of("anil"), scores_of(0.6), source="new")
+    with pytest.raises(BenchError, match=r"different source code \(new, old\); --accept-changed"):
+        compare([tmp_path])
+    found = compare([tmp_path], accept_changed_code=True)
+    assert "source new / old" in found.rows[0].unlike
+    assert any("different source code" in note for note in found.notes)
+
+
+def test_a_damaged_cell_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    for algorithm in ("maml", "anil", "fomaml"):
+        put(tmp_path, cell_of(algorithm), scores_of(0.6))
+    broken = cell_of("anil").id
+    (tmp_path / "cells" / broken / SCORES).write_bytes(b"PAR1 is not enough")
+    found = compare([tmp_path])
+    assert len(found.rows) == 1
+    assert any("damaged" in note and broken in note for note in found.notes)
+
+
+def test_scores_that_do_not_vary_are_doubted(tmp_path: Path) -> None:
+    put(tmp_path, cell_of("maml"), scores_of(0.6))
+    put(tmp_path, cell_of("anil"), np.full(100, 0.2))
+    assert [n for n in compare([tmp_path]).notes if n.startswith("doubtful: anil glyphs")]
+
+
+def test_three_algorithms_over_two_settings_are_ranked(tmp_path: Path) -> None:
+    for shots in (1, 5):
+        for place, algorithm in enumerate(("maml", "anil", "reptile")):
+            put(tmp_path, cell_of(algorithm, shots=[shots]), scores_of(0.8 - 0.2 * place))
+    found = compare([tmp_path])
+    assert found.ranks is not None
+    means = dict(zip(found.ranks.names, found.ranks.ranking.mean_ranks, strict=True))
+    assert means == {"maml": 1, "anil": 2, "reptile": 3}
+    assert "maml 1.0, anil 2.0, reptile 3.0" in found.ranks.sentence()
+    assert "exploratory" in found.ranks.sentence()
+    written = found.write(tmp_path)
+    assert [path.name for path in written] == [
+        *("comparison.csv", "critical_difference.png", "critical_difference.svg")
+    ]
+    assert written[1].stat().st_size > 5_000
+
+
+def test_two_algorithms_are_not_ranked(tmp_path: Path) -> None:
+    for shots in (1, 5):
+        for algorithm in ("maml", "anil"):
+            put(tmp_path, cell_of(algorithm, shots=[shots]), scores_of(0.8))
+    assert compare([tmp_path]).ranks is None
+
+
+def test_the_command_says_and_writes_what_a_real_run_shows(bench, tmp_path: Path) -> None:
+    bench("run", "--algos", "maml,anil", *QUICK, "--out", "r")
+    status, out, err = bench("compare", "r")
+    assert (status, err) == (0, "")
+    assert "maml" in out
+    assert "after Holm" in out
+    assert "x the time" in out
+    table = pd.read_csv(tmp_path / "r" / "comparison.csv")
+    assert tuple(table.columns) == COLUMNS
+    scores = {
+        record.cell.algorithm: comparison.after_last_step(Run(tmp_path / "r").scores(record.cell))
+        for record in Run(tmp_path / "r").records()
+    }
+    difference = (scores["anil"] - scores["maml"]).mean()
+    assert table["difference"].item() == pytest.approx(difference)
+    assert table["time_ratio"].item() > 0
+
+
+def test_runs_without_results_end_in_one_line(bench, tmp_path: Path) -> None:
+    status, _, err = bench("compare", "nowhere")
+    assert (status, err) == (2, "bench: there is no run in nowhere: it has no cells/\n")
+    put(tmp_path / "r", cell_of("maml"), scores_of(0.6))
+    status, _, err = bench("compare", "r")
+    assert status == 2
+    assert "nothing to compare: all cells are of maml" in err
+    shutil.rmtree(tmp_path / "r" / "cells" / cell_of("maml").id)
+    status, _, err = bench("compare", "r")
+    assert (status, err) == (2, "bench: r has no complete cells\n")
+    assert not (tmp_path / "r" / "comparison.csv").exists()

@@ -1,0 +1,462 @@
+"""The report: its tables, its documents, and its page as a person (or a screen reader) meets it."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench import findings, paper, report, tables
+from bench.cli import run as run_command
+from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run
+from bench.sweep import Cell, Sweep
+from tests.bench.conftest import QUICK
+
+LEVELS = {"maml": 0.80, "anil": 0.72, "reptile": 0.76}
+EPISODES = 40
+
+
+def cell_of(algorithm: str, seed: int = 0, **settings: Any) -> Cell:
+    chosen = {
+        **{"dataset": "glyphs", "ways": 5, "shots": 1, "device": "cpu", "train_shots": 1},
+        **{"iterations": 80, "episodes": EPISODES, "eval_steps": 3},
+        "hyperparameters": {"inner_steps": 1, "inner_lr": 0.4, "norm": "transductive"},
+    }
+    return Cell(algorithm=algorithm, seed=seed, **(chosen | settings))
+
+
+def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = None) -> None:
+    """Put a cell with made-up results in a run."""
+    if level is None:
+        level = LEVELS.get(cell.algorithm, 0.6)
+    # All cells meet the same episodes, so part of what happens in one is the same for all.
+    shared = np.random.default_rng(0).normal(0, 0.05, cell.episodes)
+    own = np.random.default_rng([cell.seed, *cell.algorithm.encode()])
+    steps = cell.eval_steps + 1
+    rise = level * (1 - 0.5 * 0.3 ** np.arange(steps))
+    scores = rise + shared[:, None] + own.normal(0, 0.02, (cell.episodes, steps))
+    workplace = run.workplace(cell)
+    pd.DataFrame(
+        {
+            "episode": np.repeat(np.arange(cell.episodes), steps),
+            "step": np.tile(np.arange(steps), cell.episodes),
+            "loss": 1 - scores.ravel(),
+            "metric": scores.ravel(),
+        }
+    ).to_parquet(workplace / SCORES)
+    iterations = np.arange(1, cell.iterations + 1)
+    training = pd.DataFrame({"iteration": iterations, "loss": 1.0, "metric": level, "seconds": 0.1})
+    validated = iterations % 20 == 0
+    training["val_metric"] = np.where(validated, level * iterations / cell.iterations, np.nan)
+    training.to_parquet(workplace / TRAINING)
+    repeat = np.arange(7)
+    cost = 0.01 * (1 + len(cell.algorithm)) * (1 + 0.01 * repeat)
+    performance = {"phase": "meta_step", "repeat": repeat, "seconds": cost, "session": "s"}
+    performance |= {"process_seconds": cost, "peak_bytes": 2**20 * len(cell.algorithm)}
+    pd.DataFrame(performance).to_parquet(workplace / PERFORMANCE)
+    (workplace / CHECKPOINT).write_bytes(b"weights")
+    last = scores[:, -1]
+    figures = {
+        **{"metric": metric, "mean": last.mean(), "ci95": 2 * last.std() / len(last) ** 0.5},
+        **{"train_seconds": 8.0, "step_ms": 1e3 * cost[3], "eval_ms_per_episode": 2.0},
+        **{"peak_memory_bytes": 2**20 * len(cell.algorithm), "step_gflops": 0.1},
+        "episode_address": f"{cell.dataset}/{cell.ways}/{cell.shots}/{cell.test_shots}",
+    }
+    run.complete(cell, "abc", figures)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Three algorithms on two tasks, two seeds of each, and an error on a third task."""
+    run = Run(tmp_path / "a run")
+    run.cells.mkdir(parents=True)
+    for algorithm in LEVELS:
+        for seed in (0, 1):
+            add(run, cell_of(algorithm, seed))
+            add(run, cell_of(algorithm, seed, shots=5, train_shots=5), level=0.9)
+    for algorithm in ("maml", "anil"):
+        add(run, cell_of(algorithm, dataset="sinusoid", shots=10), "mse", LEVELS[algorithm])
+    asked = (
+        'algos = ["maml", "anil", "reptile"]\ndatasets = ["glyphs"]\nshots = [1, 5]\n'
+        'seeds = [0, 1]\ndevices = ["cpu"]\niterations = 80\nmeta_clip = 10.0\n'
+    )
+    (run.folder / "sweep.toml").write_text(asked)
+    (run.folder / "environment.json").write_text(json.dumps({"cpu": "<abacus>", "cuda": None}))
+    return run
+
+
+# Tables
+
+
+def test_an_entry_is_one_algorithm_over_its_seeds_with_both_intervals(run: Run) -> None:
+    board = tables.read(run).leaderboard
+    assert len(board) == 8
+    maml = board[(board["algorithm"] == "maml") & (board["shots"] == 1)].iloc[0]
+    means = [r.figures["mean"] for r in run.records() if r.cell.algorithm == "maml"][:2]
+    assert maml["mean"] == pytest.approx(np.mean(means))
+    assert maml["ci_seeds"] == pytest.approx(12.7062 * np.std(means, ddof=1) / 2**0.5, rel=1e-4)
+    scores = [run.scores(cell_of("maml", seed)).query("step == 3")["metric"] for seed in (0, 1)]
+    together = np.mean(scores, axis=0)
+    assert maml["ci_episodes"] == pytest.approx(
+        2.022691 * together.std(ddof=1) / EPISODES**0.5, rel=1e-5
+    )
+    assert maml["over"] == "seeds"
+
+
+def test_one_seed_has_an_interval_over_episodes_only(run: Run) -> None:
+    board = tables.read(run).leaderboard
+    sinusoid = board[board["dataset"] == "sinusoid"]
+    assert sinusoid["ci_seeds"].isna().all()
+    assert set(sinusoid["over"]) == {"episodes"}
+
+
+def test_the_best_come_first_and_a_lower_error_is_better(run: Run) -> None:
+    board = tables.read(run).leaderboard
+    by_task = board.groupby(["dataset", "shots"])["algorithm"].agg(list)
+    assert by_task["glyphs", 1] == ["maml", "reptile", "anil"]
+    assert by_task["sinusoid", 10] == ["anil", "maml"]
+
+
+def test_curves_start_before_the_first_step_and_end_after_the_last(run: Run) -> None:
+    found = tables.read(run)
+    first = found.adaptation[found.adaptation["entry"] == 0]
+    assert first["step"].tolist() == [0, 1, 2, 3]
+    assert first["mean"].iloc[-1] == pytest.approx(found.leaderboard["mean"].iloc[0])
+    validations = found.learning.query("entry == 0 and of == 'validation'")
+    assert validations["iteration"].tolist() == [20, 40, 60, 80]
+    assert validations["seconds"].tolist() == pytest.approx([2, 4, 6, 8])
+
+
+def test_long_trainings_are_thinned_to_their_bins_means(run: Run) -> None:
+    frame = pd.DataFrame({"iteration": range(1, 1001), "metric": 0.0, "seconds": 1.0})
+    frame["metric"] = frame["iteration"]
+    curve = tables._curve(frame)
+    assert len(curve) == tables.POINTS
+    assert curve["iteration"].iloc[-1] == curve["seconds"].iloc[-1] == 1000
+    assert curve["value"].iloc[0] == pytest.approx(frame["metric"].head(16).mean(), abs=1)
+
+
+def test_entries_of_one_algorithm_are_told_apart_by_what_differs(run: Run) -> None:
+    add(run, cell_of("maml", eval_steps=5))
+    board = tables.read(run).leaderboard
+    labels = board[(board["shots"] == 1) & (board["algorithm"] == "maml")]["label"]
+    assert sorted(labels) == ["maml (eval_steps 3)", "maml (eval_steps 5)"]
+    assert "eval_steps" in tables.varying(board)
+    assert ["eval_steps"] in list(tables.unlike(board).values())
+
+
+def test_the_pareto_front_holds_what_nothing_beats_on_both_counts() -> None:
+    cost = pd.Series([1.0, 2.0, 2.0, 3.0, 4.0, np.nan])
+    merit = pd.Series([0.5, 0.7, 0.6, 0.7, 0.9, 1.0])
+    assert tables.pareto(cost, merit).tolist() == [True, True, False, False, True, False]
+
+
+def test_damaged_failed_and_missing_cells_are_named_and_the_others_go_on(run: Run) -> None:
+    first, second, third = (cell_of("anil", seed, shots=s) for seed, s in ((0, 1), (1, 1), (0, 1)))
+    (run.cells / first.id / SCORES).write_bytes(b"not parquet")
+    (run.cells / second.id / "cell.json").write_text("{")
+    (run.cells / "0123456789abcdef").mkdir()
+    run.fail(cell_of("diverging"), "diverged: the loss is nan")
+    sweep = (run.folder / "sweep.toml").read_text()
+    (run.folder / "sweep.toml").write_text(sweep.replace('"maml"', '"maml", "protonet"'))
+    found = tables.read(run)
+    faults = found.faults.set_index("cell")
+    assert faults.loc[f"{third} (cells/{first.id})", "status"] == "damaged"
+    assert faults.loc[f"cells/{second.id}", "reason"] == "cell.json is not JSON"
+    assert faults.loc["cells/0123456789abcdef", "reason"] == "cell.json is absent or empty"
+    assert faults.loc["diverging glyphs 5-way 1-shot seed 0", "reason"].startswith("diverged")
+    assert faults.loc["protonet glyphs 5-way 5-shot seed 1", "status"] == "missing"
+    board = found.leaderboard
+    assert len(board) == 8  # anil on 1 shot is gone, diverging has come
+    assert board.set_index("algorithm").loc["diverging", "failed"] == 1
+
+
+# Documents
+
+
+def test_the_command_asks_for_the_same_sweep(run: Run) -> None:
+    sweep = tables.read(run).sweep
+    assert sweep is not None
+    command = report.reproduction(sweep)
+    assert command.startswith("python -m bench run --algos maml,anil,reptile --datasets glyphs")
+    assert "--shots 1,5 --seeds 0,1 --devices cpu --iterations 80" in command
+    assert "clip" not in command
+
+
+def test_what_only_the_file_can_say_has_no_option() -> None:
+    import inspect
+
+    options = set(inspect.signature(run_command).parameters)
+    assert set(report.FILE_ONLY) == set(Sweep.model_fields) - options
+
+
+def test_markdown_and_latex_say_which_interval_and_hide_no_difference(run: Run) -> None:
+    add(run, cell_of("re_ptile|<b>", shots=5, train_shots=9))
+    report.write(run.folder)
+    markdown = (run.folder / "report.md").read_text()
+    assert "over seeds it speaks of the algorithm, trained again" in markdown
+    assert "over 2 seeds" in markdown
+    assert f"over {EPISODES} episodes" in markdown
+    assert "| train shots |" in markdown
+    assert r"re\_ptile\|&lt;b&gt;" in markdown
+    latex = (run.folder / "table.tex").read_text()
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
+    assert r"over 2 seeds (the algorithm, trained again)" in latex
+    assert r"re\_ptile|\textless{}b\textgreater{} & 9" in latex
+    rows = re.findall(r"^.*&.*$", latex[: latex.index("sinusoid")], re.MULTILINE)
+    assert len({row.count(" & ") for row in rows}) == 1
+    assert r"$\mathbf{" in latex
+
+
+def test_latex_escapes() -> None:
+    assert paper.tex(r"50%_a & b\c^~{}$#") == (
+        r"50\%\_a \& b\textbackslash{}c\textasciicircum{}\textasciitilde{}\{\}\$\#"
+    )
+
+
+def test_a_verdict_names_the_leader_and_what_it_is_told_apart_from(run: Run) -> None:
+    found = tables.read(run)
+    comparison, _ = report._compared(run.folder)
+    assert comparison is not None
+    tasks = findings.tasks(found.leaderboard)
+    sinusoid = next(task for task in tasks if task.name == "sinusoid, 10-shot")
+    verdict = findings.verdict(sinusoid, comparison.rows)
+    assert verdict.leader == "anil"
+    assert verdict.lines == ["Better than maml."]
+
+
+def test_everything_is_written_whole(run: Run) -> None:
+    written = report.write(run.folder)
+    names = {path.name for path in written}
+    assert {"report.html", "report.md", "table.tex", "comparison.csv"} <= names
+    for name in ("accuracy", "adaptation", "learning", "learning_seconds", "cost", "memory"):
+        assert {f"{name}.png", f"{name}.svg"} <= names
+    assert all(path.stat().st_size > 500 for path in written)
+    assert not list(run.folder.rglob("*.part"))
+
+
+def test_the_page_asks_the_network_for_nothing(run: Run) -> None:
+    report.write(run.folder)
+    page = (run.folder / "report.html").read_text()
+    assert len(page) < 2.5e6
+    markup = page[: page.index('id="plotly"')]
+    assert not re.search(r'(src|href)="(?!#|data:)', markup)
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
+    assert policy is not None
+    assert "default-src 'none'" in policy[1].replace("&#39;", "'")
+    assert "unsafe-eval" not in policy[1]
+    assert "http" not in policy[1]
+
+
+def test_a_run_with_nothing_complete_has_a_report(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir()
+    run.fail(cell_of("diverging"), "diverged")
+    report.write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "diverged" in page
+    assert "1 failed" in page
+
+
+def test_one_cell_has_a_report(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir()
+    add(run, cell_of("maml"))
+    report.write(tmp_path)
+    assert "there is nothing to compare" in (tmp_path / "report.html").read_text()
+
+
+def test_the_command_reports_on_a_real_run(bench, tmp_path: Path) -> None:
+    assert bench("run", "--algos", "maml,diverging", *QUICK, "--out", "r")[0] == 1
+    status, out, err = bench("report", "r")
+    assert (status, err) == (0, "")
+    assert "r/report.html" in out
+    assert "diverged: the loss is nan" in (tmp_path / "r" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_no_run_is_one_line_and_status_2(bench, tmp_path: Path, make: bool) -> None:
+    if make:
+        (tmp_path / "absent").mkdir()
+    status, out, err = bench("report", "absent")
+    assert (status, out) == (2, "")
+    assert err == "bench: absent is not a run: it has neither cells nor a sweep.toml\n"
+    assert list((tmp_path / "absent").glob("*")) == []
+
+
+# The page in a browser
+
+CHROMIUM = next(
+    (
+        path
+        for name in (os.environ.get("BENCH_CHROMIUM", ""), "chromium", "google-chrome")
+        if name and (path := shutil.which(name))
+    ),
+    None,
+)
+FLAGS = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None and os.environ.get("BENCH_BROWSER_TESTS") != "required",
+    reason="no Chromium: 'apt-get install chromium' or BENCH_CHROMIUM=PATH enables this test",
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, run: Run) -> Iterator[Any]:
+    """The report of a run with every kind of trouble in it, open, and quiet to the end."""
+    add(run, cell_of("<script>alert(1)</script>", seed=3))
+    add(run, cell_of("reptile", dataset="<b>&", eval_steps=30), level=0.5)
+    add(run, cell_of("maml", dataset="<b>&"), level=0.6)
+    run.fail(cell_of("diverging"), "Traceback\n<img src=x onerror=alert(1)>: nan")
+    report.write(run.folder)
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+    page.on("request", lambda r: r.url.startswith("http") and said.append(f"asked {r.url}"))
+    page.goto((run.folder / "report.html").as_uri())
+    page.wait_for_selector("html[data-ready]")
+    yield page
+    assert said == []
+    page.close()
+
+
+def shown(page) -> list[str]:
+    """The algorithms of the leaderboard's rows that can be seen, from the top."""
+    return page.locator("#leaderboard tbody tr:visible th").all_inner_texts()
+
+
+@needs_browser
+def test_the_leaderboard_sorts_by_mouse_and_by_keyboard(page) -> None:
+    header = page.locator("#leaderboard th", has_text="Algorithm")
+    header.get_by_role("button").click()
+    assert header.get_attribute("aria-sort") == "ascending"
+    assert shown(page) == sorted(shown(page), key=str.lower)
+    header.get_by_role("button").press("Enter")
+    assert header.get_attribute("aria-sort") == "descending"
+    assert shown(page) == sorted(shown(page), key=str.lower, reverse=True)
+
+    step = page.locator("#leaderboard th", has_text="Meta-step, ms")
+    step.get_by_role("button").focus()
+    page.keyboard.press("Space")
+    assert step.get_attribute("aria-sort") == "ascending"
+    assert header.get_attribute("aria-sort") is None
+    assert shown(page)[-1] == "diverging"  # nothing was measured: last, whichever way
+    page.keyboard.press("Space")
+    assert shown(page)[-1] == "diverging"
+
+
+@needs_browser
+def test_the_leaderboard_filters(page) -> None:
+    everything = len(shown(page))
+    page.get_by_label("Dataset").select_option("sinusoid")
+    assert shown(page) == ["anil", "maml"]
+    assert page.get_by_role("status").inner_text() == f"2 of {everything} rows"
+    page.get_by_label("Dataset").select_option("")
+    page.get_by_label("Shots").select_option("5")
+    assert len(shown(page)) == 3
+    page.get_by_label("Algorithm").fill("REP")
+    assert shown(page) == ["reptile"]
+
+
+@needs_browser
+def test_every_chart_is_drawn_for_every_task(page) -> None:
+    tasks = page.get_by_label("Task", exact=True)
+    for index in range(tasks.locator("option").count()):
+        tasks.select_option(str(index))
+        for name in ("scores", "adaptation", "learning", "cost"):
+            chart = page.locator(f"#chart-{name}")
+            assert chart.locator(".scatterlayer .trace").count() > 1
+            assert tasks.locator("option").nth(index).inner_text() in chart.get_attribute(
+                "aria-label"
+            )
+    page.get_by_label("Against").select_option("seconds")
+    assert "seconds of training" in page.locator("#chart-learning").inner_text()
+    page.get_by_label("Score on").select_option("training")
+    assert "training" in page.locator("#chart-learning .ytitle").inner_text()
+    page.get_by_label("Cost").select_option("peak_memory_bytes")
+    assert "MiB" in page.locator("#chart-cost").inner_text()
+
+
+@needs_browser
+def test_every_chart_has_its_numbers_as_a_table(page) -> None:
+    page.get_by_label("Task", exact=True).select_option(label="glyphs, 5-way 1-shot")
+    for name in ("scores", "adaptation", "learning", "cost"):
+        page.locator(f"#numbers-{name} summary").press("Enter")
+        table = page.locator(f"#numbers-{name} table")
+        table.wait_for()
+        assert table.locator("tbody tr").count() >= 4
+        assert "maml" in table.inner_text()
+    assert "yes" in page.locator("#numbers-cost table").inner_text()
+
+
+@needs_browser
+def test_differences_are_those_of_the_chosen_task(page) -> None:
+    page.get_by_label("Task", exact=True).select_option(label="sinusoid, 10-shot")
+    matrix = page.locator("table.matrix:visible")
+    assert matrix.count() == 1
+    assert matrix.locator("tbody th").all_inner_texts() == ["anil", "maml"]
+    better = matrix.locator("td.better")
+    assert better.count() == 1
+    assert better.inner_text().startswith("−0.0")  # the lower error is the better one
+    assert "▲" in better.inner_text()
+
+
+@needs_browser
+def test_what_comes_from_data_is_text(page) -> None:
+    assert "<script>alert(1)</script>" in shown(page)
+    assert page.locator("#faults ~ div img").count() == 0
+    page.get_by_label("Task", exact=True).select_option(label="<b>&, 5-way 1-shot")
+    page.get_by_label("Task", exact=True).select_option(label="glyphs, 5-way 1-shot")
+    assert "<script>alert(1)</script>" in page.locator("#chart-scores").inner_text()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_overflows_and_axe_finds_no_fault(page, width: int, scheme: str) -> None:
+    import axe_playwright_python
+
+    page.set_viewport_size({"width": width, "height": 800})
+    page.emulate_media(color_scheme=scheme)
+    for details in page.locator("summary:visible").all():
+        details.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    axe = Path(axe_playwright_python.__file__).with_name("axe.min.js")
+    page.evaluate(axe.read_text())
+    faults = page.evaluate("axe.run()")["violations"]
+    assert [(fault["id"], fault["nodes"][0]["html"]) for fault in faults] == []
+
+
+@needs_browser
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(page) -> None:
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the leaderboard"
+    reached = set()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        outline = "getComputedStyle(document.activeElement).outlineStyle"
+        if page.evaluate("document.activeElement !== document.body"):
+            assert page.evaluate(outline) != "none"
+    assert {"task", "learning-x", "learning-of", "cost-x", "BUTTON", "SUMMARY"} <= reached
