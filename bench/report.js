@@ -256,6 +256,7 @@ function draw(name) {
   const drawing = $(`chart-${name}`);
   const said = chart.rows.length ? "the numbers are in the table below it" : "nothing to show";
   drawing.setAttribute("aria-label", `${drawing.dataset.title}, ${task.name}: ${said}`);
+  drawing.style.height = `${layout.height}px`; // Plotly fills what it is given, also when resized
   Plotly.react(drawing, chart.traces, layout, { displayModeBar: false, responsive: true });
   numbers($(`numbers-${name}`), chart, `${drawing.dataset.title}, ${task.name}`);
 }

@@ -27,7 +27,6 @@ from bench.sweep import Cell, Sweep
 from bench.training import build, train, validation_interval, write_tensors
 from datasets import EpisodeSpec, Source
 
-
 GRADIENT_TOLERANCE = 1e-8
 """How far, relatively, an engine's gradient may be from the reference's in float64."""
 

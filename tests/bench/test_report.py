@@ -390,11 +390,11 @@ def test_every_chart_is_drawn_for_every_task(page) -> None:
             assert tasks.locator("option").nth(index).inner_text() in chart.get_attribute(
                 "aria-label"
             )
-    page.get_by_label("Against").select_option("seconds")
+    page.get_by_label("Against", exact=True).select_option("seconds")
     assert "seconds of training" in page.locator("#chart-learning").inner_text()
-    page.get_by_label("Score on").select_option("training")
+    page.get_by_label("Score on", exact=True).select_option("training")
     assert "training" in page.locator("#chart-learning .ytitle").inner_text()
-    page.get_by_label("Cost").select_option("peak_memory_bytes")
+    page.get_by_label("Cost", exact=True).select_option("peak_memory_bytes")
     assert "MiB" in page.locator("#chart-cost").inner_text()
 
 
@@ -442,6 +442,7 @@ def test_nothing_overflows_and_axe_finds_no_fault(page, width: int, scheme: str)
     for details in page.locator("summary:visible").all():
         details.click()
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert min(page.locator(".svg-container").evaluate_all("e => e.map(x => x.offsetHeight)")) > 100
     axe = Path(axe_playwright_python.__file__).with_name("axe.min.js")
     page.evaluate(axe.read_text())
     faults = page.evaluate("axe.run()")["violations"]
