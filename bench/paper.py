@@ -21,6 +21,10 @@ INTERVALS = (
 HALF = "$\\pm$: half of the 95\\% interval"
 
 
+ROWS, NOTES = 100, 20
+"""At most so many in Markdown: a comment on GitHub holds 65,536 characters."""
+
+
 def markdown(
     name: str, tables: Tables, rows: Sequence[Row], notes: Sequence[str], command: str
 ) -> str:
@@ -31,7 +35,7 @@ def markdown(
     titles += ["meta-step, ms", "memory, MiB"]
     lines = [f"## {_md(name)}", "", INTERVALS, "", _md_row(titles)]
     lines.append("|---|---|" + "---:|" * (len(titles) - 2))
-    for _, row in board.iterrows():
+    for _, row in board.head(ROWS).iterrows():
         failed = "**failed**" if row["seeds"] == 0 else _md(headline(row))
         memory = row["peak_memory_bytes"] / 2**20
         lines.append(
@@ -41,22 +45,29 @@ def markdown(
                 + [failed, _number(row["step_ms"], 1), _number(memory, 0)]
             )
         )
-    lines.append("")
-    for task in tasks(board):
-        found = verdict(task, rows)
-        said = " ".join([f"best mean: {found.leader}.", *found.lines])
-        lines.append(f"- **{_md(task.name)}**: {_md(said)}")
+    lines += [*_more(len(board) - ROWS, "rows"), ""]
+    found = tasks(board)
+    for task in found[:ROWS]:
+        said = verdict(task, rows)
+        text = " ".join([f"best mean: {said.leader}.", *said.lines])
+        lines.append(f"- **{_md(task.name)}**: {_md(text)}")
+    lines += _more(len(found) - ROWS, "tasks")
     if not tables.faults.empty:
         lines += ["", f"Not here ({len(tables.faults)}):", ""]
-        for fault in tables.faults.head(50).itertuples():
+        for fault in tables.faults.head(NOTES).itertuples():
             reason = str(fault.reason).strip().splitlines()[-1:]
             lines.append(f"- {_md(str(fault.cell))}: {fault.status}: {_md(' '.join(reason))}")
-        if len(tables.faults) > 50:
-            lines.append(f"- and {len(tables.faults) - 50} more")
-    lines += ["", *(f"> {_md(note)}" for note in notes)]
+        lines += _more(len(tables.faults) - NOTES, "cells")
+    if notes:
+        lines += ["", *(f"- {_md(note)}" for note in notes[:NOTES])]
+        lines += _more(len(notes) - NOTES, "notes")
     if command:
         lines += ["", "```", command, "```"]
     return "\n".join(lines) + "\n"
+
+
+def _more(count: int, what: str) -> list[str]:
+    return ["", f"and {count:,} more {what}: see report.html"] if count > 0 else []
 
 
 def latex(tables: Tables, rows: Sequence[Row]) -> str:

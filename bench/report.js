@@ -4,6 +4,10 @@
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
+for (const curve of ["adaptation", "learning"]) {
+  const { columns, rows } = data[curve];
+  data[curve] = rows.map((row) => Object.fromEntries(columns.map((name, i) => [name, row[i]])));
+}
 const NUMBER = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
 
 function element(name, text, attributes = {}) {

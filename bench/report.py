@@ -179,7 +179,7 @@ def page(folder: Path, found: Tables, rows: Sequence[Row], notes: Sequence[str])
         notes=[note for note in notes if not note.startswith("left out")],
         tasks=tasks,
         charts=CHARTS,
-        matrices=[_matrix(task, findings.pairs(task, rows)) for task in tasks if rows],
+        matrices=[_matrix(task, mine) for task in tasks if (mine := findings.pairs(task, rows))],
         comparison_note=" ".join(n for n in notes if not rows or n.startswith("left out")),
         faults=found.faults.to_dict("records"),
         fault_counts=_fault_counts(found.faults),
@@ -395,14 +395,15 @@ def _chart_data(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
     }
 
 
-def _points(frame: pd.DataFrame, scales: dict[int, float]) -> list[dict[str, Any]]:
-    """The rows of a curve, as shown."""
+def _points(frame: pd.DataFrame, scales: dict[int, float]) -> dict[str, Any]:
+    """The rows of a curve, as shown; the columns are named once, for there may be thousands."""
     scale = frame["entry"].map(scales)
     scaled = frame.assign(**{name: frame[name] * scale for name in ("mean", "low", "high")})
-    return [
-        {str(k): _short(v) if isinstance(v, float) else v for k, v in row.items()}
-        for row in scaled.to_dict("records")
+    rows = [
+        [_short(value) if isinstance(value, float) else value for value in row]
+        for row in scaled.itertuples(index=False)
     ]
+    return {"columns": list(frame.columns), "rows": rows}
 
 
 def _short(value: float) -> float | None:

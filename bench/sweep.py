@@ -63,7 +63,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    iterations: Positive = 200
+    iterations: Positive = 150
     meta_batch: Positive = 4
     meta_lr: Rate = 0.001
     meta_optimizer: Literal["adam", "sgd"] = "adam"
@@ -75,7 +75,7 @@ class Settings(BaseModel):
     episodes: Annotated[int, Field(ge=2)] = 600
     eval_seed: Natural = 0
     protocol: Literal["independent", "disjoint"] = "independent"
-    val_episodes: Positive = 50
+    val_episodes: Positive = 30
     val_every: Positive | None = None
     model: str | None = None
 

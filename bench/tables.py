@@ -110,7 +110,7 @@ def read(run: Run) -> Tables:
     return Tables(
         leaderboard.drop(columns="key"),
         _stacked({entry: _adaptation(group) for entry, group in members.items()}, ADAPTATION),
-        _stacked({entry: _learning(group) for entry, group in members.items()}, LEARNING),
+        _learning(members),
         pd.DataFrame(faults, columns=["cell", "status", "reason"]),
         sweep,
     )
@@ -362,16 +362,23 @@ def _adaptation(group: Sequence[_Loaded]) -> pd.DataFrame:
     return pd.DataFrame({"step": steps, "mean": mean, "low": mean - half, "high": mean + half})
 
 
-def _learning(group: Sequence[_Loaded]) -> pd.DataFrame:
-    """The seeds' learning curves as one: their mean, and the lowest and highest of them."""
-    curves = pd.concat([one.learning for one in group], ignore_index=True)
-    together = curves.groupby(["of", "iteration"], as_index=False)
-    return together.agg(
+def _learning(members: dict[int, list[_Loaded]]) -> pd.DataFrame:
+    """The learning curves of each entry's seeds as one: their mean, the lowest and the highest."""
+    curves = {
+        (entry, one.record.cell.seed): one.learning
+        for entry, group in members.items()
+        for one in group
+    }
+    if not curves:
+        return pd.DataFrame(columns=["entry", *LEARNING])
+    together = pd.concat(curves, names=["entry", "seed"]).groupby(["entry", "of", "iteration"])
+    merged = together.agg(
         seconds=("seconds", "mean"),
         mean=("value", "mean"),
         low=("value", "min"),
         high=("value", "max"),
     )
+    return merged.reset_index()[["entry", *LEARNING]]
 
 
 def _stacked(frames: dict[int, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from bench import plots
+from bench import plots, tables
+from bench.store import Run
+from tests.bench.test_report import sample
 
 ROWS = pd.DataFrame(
     [
@@ -52,3 +54,52 @@ def test_figures_are_written_as_png_and_svg(tmp_path: Path) -> None:
 def test_a_run_without_results_draws_nothing(tmp_path: Path) -> None:
     assert plots.draw_all(ROWS.assign(status="failed"), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tables.Tables:
+    return tables.read(sample(tmp_path_factory.mktemp("plots") / "run"))
+
+
+def test_a_reports_figures_have_a_panel_a_task_and_say_what_their_intervals_are(found) -> None:
+    board = found.leaderboard
+    figures = {
+        "over episodes": plots.adaptation(board, found.adaptation),
+        "lowest to highest seed": plots.learning(board, found.learning, "seconds"),
+        "over 2 seeds": plots.cost(board, "step_ms", "over 2 seeds"),
+    }
+    for meaning, figure in figures.items():
+        assert len(figure.axes) == 3
+        assert meaning in figure.get_supxlabel()
+        assert "5-way 1-shot" in figure.axes[0].get_title()
+        assert figure.axes[2].get_ylabel() == "mean squared error"
+
+
+def test_adaptation_is_drawn_at_its_means_in_per_cent(found) -> None:
+    axis = plots.adaptation(found.leaderboard, found.adaptation).axes[0]
+    first = found.adaptation[found.adaptation["entry"] == 0]
+    assert axis.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
+    assert axis.lines[0].get_ydata() == pytest.approx(100 * first["mean"].to_numpy())
+
+
+def test_entries_are_told_apart_without_colour(found) -> None:
+    axis = plots.adaptation(found.leaderboard, found.adaptation).axes[0]
+    looks = {(line.get_marker(), str(line.get_linestyle())) for line in axis.lines}
+    assert len(looks) == len(axis.lines) == 3
+
+
+def test_the_palette_stands_out_from_white_and_from_black() -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colour in plots.PALETTE:
+        assert 1.05 / (luminance(colour) + 0.05) > 3
+        assert (luminance(colour) + 0.05) / 0.05 > 3
+
+
+def test_a_reports_figures_of_nothing_are_none(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.cells.mkdir(parents=True)
+    assert plots.draw_tables(tables.read(run), run.figures) == []

@@ -71,10 +71,9 @@ def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = No
     run.complete(cell, "abc", figures)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
+def sample(folder: Path) -> Run:
     """Three algorithms on two tasks, two seeds of each, and an error on a third task."""
-    run = Run(tmp_path / "a run")
+    run = Run(folder)
     run.cells.mkdir(parents=True)
     for algorithm in LEVELS:
         for seed in (0, 1):
@@ -89,6 +88,11 @@ def run(tmp_path: Path) -> Run:
     (run.folder / "sweep.toml").write_text(asked)
     (run.folder / "environment.json").write_text(json.dumps({"cpu": "<abacus>", "cuda": None}))
     return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return sample(tmp_path / "a run")
 
 
 # Tables
@@ -214,6 +218,16 @@ def test_markdown_and_latex_say_which_interval_and_hide_no_difference(run: Run) 
     assert r"$\mathbf{" in latex
 
 
+def test_markdown_fits_a_comment_whatever_the_run(run: Run) -> None:
+    found = tables.read(run)
+    many = pd.concat([found.leaderboard] * 300, ignore_index=True)
+    faults = pd.DataFrame([("x" * 80, "failed", "y" * 80)] * 500, columns=found.faults.columns)
+    big = tables.Tables(many, found.adaptation, found.learning, faults, None)
+    text = paper.markdown("big", big, [], ["note " * 20] * 500, "")
+    assert len(text) < 65_536
+    assert "and 2,300 more rows" in text
+
+
 def test_latex_escapes() -> None:
     assert paper.tex(r"50%_a & b\c^~{}$#") == (
         r"50\%\_a \& b\textbackslash{}c\textasciicircum{}\textasciitilde{}\{\}\$\#"
@@ -261,7 +275,7 @@ def test_a_run_with_nothing_complete_has_a_report(tmp_path: Path) -> None:
     report.write(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "diverged" in page
-    assert "1 failed" in page
+    assert "Not here: 1 failed" in page
 
 
 def test_one_cell_has_a_report(tmp_path: Path) -> None:
@@ -320,21 +334,27 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def page(browser, run: Run) -> Iterator[Any]:
-    """The report of a run with every kind of trouble in it, open, and quiet to the end."""
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run with every kind of trouble in it."""
+    run = sample(tmp_path_factory.mktemp("report") / "<i>run")
     add(run, cell_of("<script>alert(1)</script>", seed=3))
     add(run, cell_of("reptile", dataset="<b>&", eval_steps=30), level=0.5)
     add(run, cell_of("maml", dataset="<b>&"), level=0.6)
     run.fail(cell_of("diverging"), "Traceback\n<img src=x onerror=alert(1)>: nan")
-    report.write(run.folder)
+    return report.write(run.folder)[0]
+
+
+@pytest.fixture
+def page(browser, troubled: Path) -> Iterator[Any]:
+    """The report, open, and quiet to the end."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
     page.on("request", lambda r: r.url.startswith("http") and said.append(f"asked {r.url}"))
-    page.goto((run.folder / "report.html").as_uri())
+    page.goto(troubled.as_uri())
     page.wait_for_selector("html[data-ready]")
     yield page
     assert said == []
@@ -393,7 +413,7 @@ def test_every_chart_is_drawn_for_every_task(page) -> None:
     page.get_by_label("Against", exact=True).select_option("seconds")
     assert "seconds of training" in page.locator("#chart-learning").inner_text()
     page.get_by_label("Score on", exact=True).select_option("training")
-    assert "training" in page.locator("#chart-learning .ytitle").inner_text()
+    assert "training" in page.locator("#chart-learning .ytitle").text_content()
     page.get_by_label("Cost", exact=True).select_option("peak_memory_bytes")
     assert "MiB" in page.locator("#chart-cost").inner_text()
 
