@@ -27,7 +27,7 @@ venv: .venv/ready
 	touch $@
 
 demo: venv
-	$(BIN)/python -m bench run --algos maml,fomaml,anil,reptile --shots 1,5 --out results/demo
+	$(BIN)/python -m bench run --algos maml,fomaml,anil,reptile --shots 1,5 --episodes 200 --out results/demo
 
 check: venv
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -106,7 +107,7 @@ class Display:
             self.console.print(f"{self.label} {completed}/{self.total} {note}")
 
 
-SETTINGS = ("test_shots", "eval_steps", "norm", "engine", "device")
+SETTINGS = ("seed", "test_shots", "eval_steps", "norm", "engine", "device")
 
 
 def score(row: pd.Series | dict[str, object]) -> str:
@@ -129,12 +130,13 @@ def summary_table(summary: pd.DataFrame) -> Table:
         title="± is the 95% interval over test episodes: this trained model on new tasks",
         caption="all: " + ", ".join(shared) if shared else None,
         title_justify="left",
+        box=box.SIMPLE_HEAD,
         caption_justify="left",
     )
     table.add_column("algorithm", no_wrap=True)
     table.add_column("episodes of", no_wrap=True)
-    for column in ("seed", *(name.replace("_", " ") for name in varying)):
-        table.add_column(column, justify="right")
+    for name in varying:
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for column in ("score", "meta-step", "episode", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():
@@ -142,8 +144,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
         peak = row["peak_memory_bytes"]
         table.add_row(
             row["algorithm"],
-            f"{row['dataset']} {row['ways']}-way {row['shots']}-shot",
-            str(row["seed"]),
+            f"{row['dataset']} {row['ways']}w{row['shots']}s",
             *(str(row[name]) for name in varying),
             score(row) if complete else "[red]failed[/red]",
             milliseconds(row["step_ms"]),
