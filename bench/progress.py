@@ -131,6 +131,8 @@ def summary_table(summary: pd.DataFrame) -> Table:
         caption="all: " + ", ".join(shared) if shared else None,
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
         caption_justify="left",
     )
     table.add_column("algorithm", no_wrap=True)
