@@ -121,6 +121,12 @@ def test_peak_memory_is_what_the_work_took() -> None:
     assert again is None or again < 64 * 2**20  # the earlier peak is forgotten, or not quoted
 
 
+def test_a_cells_memory_owes_nothing_to_the_process_that_started_it(cell: Cell) -> None:
+    held = torch.ones(512 * 2**20 // 4)  # half a gibibyte, here in the parent
+    (found,) = measure.measure([cell], plugin=TINY)
+    assert found["peak_bytes"].max() < held.nbytes / 2
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     rows = [(phase, 0.1, None, 1e9) for phase in measure.PHASES]
     found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
