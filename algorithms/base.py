@@ -8,7 +8,7 @@ import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
@@ -193,7 +193,7 @@ class Algorithm(ABC):
         self.inner_loop.norm.finish()
         for parameter, total in zip(parameters, totals, strict=True):
             parameter.grad = total
-        return Scores(torch.cat([s.loss for s in parts]), torch.cat([s.metric for s in parts]))
+        return _merged(torch.cat, parts)
 
     def evaluate(self, batch: Batch, steps: int | None = None) -> Scores:
         """Adapt to each task and score it on its query set; changes nothing that is learned.
@@ -218,13 +218,8 @@ class Algorithm(ABC):
                 for fast in self.inner_loop.trajectory(part, steps, create_graph=False):
                     with torch.no_grad():
                         after_steps.append(_scores(self.inner_loop.query(fast, part), part))
-            parts.append(
-                Scores(
-                    torch.stack([s.loss for s in after_steps], dim=1),
-                    torch.stack([s.metric for s in after_steps], dim=1),
-                )
-            )
-        return Scores(torch.cat([s.loss for s in parts]), torch.cat([s.metric for s in parts]))
+            parts.append(_merged(torch.stack, after_steps, dim=1))
+        return _merged(torch.cat, parts)
 
     def _prepare(self, tasks: Tasks) -> None:
         try:
@@ -246,13 +241,7 @@ class Algorithm(ABC):
             # and the order of samples within a class is random already.
             drawn = _cycled(support, size, steps, generator.manual_seed(0))
             drawn = drawn.expand(len(tasks), *drawn.shape)
-        return Tasks(
-            tasks.support_inputs,
-            tasks.support_targets,
-            tasks.query_inputs,
-            tasks.query_targets,
-            drawn.to(tasks.support_inputs.device),
-        )
+        return replace(tasks, minibatches=drawn.to(tasks.support_inputs.device))
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -267,6 +256,12 @@ def head_names(model: nn.Module) -> list[str]:
 def _scores(outputs: Tensor, tasks: Tasks) -> Scores:
     targets = tasks.query_targets
     return Scores(task_losses(outputs, targets), task_metrics(outputs, targets))
+
+
+def _merged(how: Callable[..., Tensor], parts: Sequence[Scores], **along: int) -> Scores:
+    """Scores of several passes or steps as one, by ``torch.cat`` or ``torch.stack``."""
+    loss = how([part.loss for part in parts], **along)
+    return Scores(loss, how([part.metric for part in parts], **along))
 
 
 def _cycled(count: int, size: int, steps: int, generator: torch.Generator | None) -> Tensor:

@@ -72,31 +72,14 @@ class BatchedInnerLoop(InnerLoop):
         try:
             yield fast
             for step in range(steps):
-                inputs, targets = tasks.support_inputs, tasks.support_targets
-                if tasks.minibatches is not None:
-                    each = torch.arange(len(tasks), device=inputs.device)[:, None]
-                    chosen = tasks.minibatches[:, step]
-                    inputs, targets = inputs[each, chosen], targets[each, chosen]
-                losses = task_losses(self._forward(fast, inputs), targets)
+                inputs, targets = tasks.support_at(step)
+                losses = task_losses(self.forward(fast, inputs), targets)
                 fast = fast | self._stepped(fast, losses.sum(), rule, create_graph)
                 yield fast
         finally:
             self._weights.remember = False
             for part in self._fixed:
                 part.forget()
-
-    def query(self, fast: Fast, tasks: Tasks) -> Tensor:
-        support, query = tasks.support_inputs, tasks.query_inputs
-        shots, queries = support.shape[1], query.shape[1]
-        if self.norm.mode in ("transductive", "running") or not self.norm.layers:
-            return self._forward(fast, query)
-        if self.norm.mode == "support":
-            both = torch.cat([support, query], dim=1)
-            return self._forward(fast, both, counted=shots)[:, shots:]
-        beside = support[:, None].expand(-1, queries, *support.shape[1:])
-        groups = torch.cat([beside, query[:, :, None]], dim=2)
-        outputs = self._forward(fast, groups.flatten(1, 2), groups=queries)
-        return outputs[:, shots :: shots + 1]
 
     def train(self, training: bool) -> None:
         self.norm.model.train(training)
@@ -160,7 +143,7 @@ class BatchedInnerLoop(InnerLoop):
         model.eval()
         statistics.gather = False
         try:
-            return self._forward(self._initial(len(inputs), create_graph=False), inputs)
+            return self.forward(self._initial(len(inputs), create_graph=False), inputs)
         finally:
             model.train(training)
             statistics.gather = gather
@@ -177,12 +160,11 @@ class BatchedInnerLoop(InnerLoop):
                 fast[name].requires_grad_(value.requires_grad)
         return fast
 
-    def _forward(
+    def forward(
         self, fast: Fast, inputs: Tensor, *, groups: int = 1, counted: int | None = None
     ) -> Tensor:
         tasks = len(inputs)
-        statistics = self.norm.statistics
-        statistics.groups, statistics.counted = groups, counted
+        self.norm.count(groups, counted)
         self._weights.fast, self._weights.tasks = fast, tasks
         try:
             outputs: Tensor = self.norm.model(inputs.flatten(0, 1))

@@ -63,6 +63,14 @@ class Tasks:
     def __len__(self) -> int:
         return len(self.support_inputs)
 
+    def support_at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets ``(tasks, n, ...)`` of the support samples that a step uses."""
+        if self.minibatches is None:
+            return self.support_inputs, self.support_targets
+        chosen = self.minibatches[:, step]
+        each = torch.arange(len(self), device=chosen.device)[:, None]
+        return self.support_inputs[each, chosen], self.support_targets[each, chosen]
+
     def split(self, size: int) -> Iterator[Tasks]:
         """These tasks, ``size`` at a time."""
         for first in range(0, len(self), size):
@@ -121,8 +129,16 @@ class InnerLoop(ABC):
         """
 
     @abstractmethod
+    def forward(
+        self, fast: Fast, inputs: Tensor, *, groups: int = 1, counted: int | None = None
+    ) -> Tensor:
+        """The model at these fast weights; see :class:`algorithms.normalisation.Forward`."""
+
     def query(self, fast: Fast, tasks: Tasks) -> Tensor:
         """Outputs for the query sets ``(tasks, m, out)`` at these fast weights."""
+        return self.norm.query(
+            partial(self.forward, fast), tasks.support_inputs, tasks.query_inputs
+        )
 
     @abstractmethod
     def train(self, training: bool) -> None:
@@ -165,30 +181,25 @@ class HigherInnerLoop(InnerLoop):
         optimizer = self._optimizer(create_graph)
         yield fast
         for step in range(steps):
-            inputs, targets = tasks.support_inputs[0], tasks.support_targets
-            if tasks.minibatches is not None:
-                chosen = tasks.minibatches[0, step]
-                inputs, targets = inputs[chosen], targets[:, chosen]
-            outputs = self.norm.support(partial(self._forward, fast), inputs)
-            loss = task_losses(outputs[None], targets).sum()
+            inputs, targets = tasks.support_at(step)
+            loss = task_losses(self.forward(fast, inputs), targets).sum()
             stepped = optimizer.step(loss, params=[fast[name] for name in self.adapted])
             fast = fast | dict(zip(self.adapted, stepped, strict=True))
             yield fast
-
-    def query(self, fast: Fast, tasks: Tasks) -> Tensor:
-        support, query = tasks.support_inputs[0], tasks.query_inputs[0]
-        return self.norm.query(partial(self._forward, fast), support, query)[None]
 
     def train(self, training: bool) -> None:
         self._functional.train(training)
         self.norm.start(training)
 
-    def _forward(self, fast: Fast, inputs: Tensor) -> Tensor:
+    def forward(
+        self, fast: Fast, inputs: Tensor, *, groups: int = 1, counted: int | None = None
+    ) -> Tensor:
+        self.norm.count(groups, counted)
         try:
-            outputs: Tensor = self._functional(inputs, params=[v[0] for v in fast.values()])
+            outputs: Tensor = self._functional(inputs[0], params=[v[0] for v in fast.values()])
         finally:
             self._functional.update_params(self._idle)
-        return outputs
+        return outputs[None]
 
     def _optimizer(self, create_graph: bool) -> higher.optim.DifferentiableOptimizer:
         # The optimizer is told apart from the weights it will step: it only needs to know how many

@@ -14,7 +14,7 @@ that the choice moves accuracy by more than most algorithms do:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 MODES = ("transductive", "support", "single", "running")
+
+
+class Forward(Protocol):
+    """Runs a model on samples ``(tasks, n, *sample_shape)`` and gives ``(tasks, n, out)``.
+
+    A task's samples are ``groups`` sets side by side, and the first ``counted`` of each set (None:
+    all of them) give the statistics.
+    """
+
+    def __call__(
+        self, inputs: Tensor, *, groups: int = 1, counted: int | None = None
+    ) -> Tensor: ...
 
 
 class Statistics:
@@ -159,24 +171,26 @@ class EpisodicNorm:
         for layer in self.layers:
             layer.averages.move()
 
-    def support(self, forward: Callable[[Tensor], Tensor], support: Tensor) -> Tensor:
-        """Outputs ``(n, out)`` for support samples ``(n, *sample_shape)``."""
-        self._count(groups=1, counted=None)
-        return forward(support)
+    def count(self, groups: int, counted: int | None) -> None:
+        """Say which samples of the forward pass to come have their statistics taken."""
+        self.statistics.groups, self.statistics.counted = groups, counted
 
-    def query(self, forward: Callable[[Tensor], Tensor], support: Tensor, query: Tensor) -> Tensor:
-        """Outputs ``(queries, out)`` for one task's query samples, normalised as the mode says."""
-        shots, queries = len(support), len(query)
+    def query(self, forward: Forward, support: Tensor, query: Tensor) -> Tensor:
+        """Outputs for query sets, normalised as the mode says.
+
+        Args:
+            forward: runs the model.
+            support: ``(tasks, n, *sample_shape)``.
+            query: ``(tasks, m, *sample_shape)``.
+
+        Returns:
+            ``(tasks, m, out)``.
+        """
+        shots, queries = support.shape[1], query.shape[1]
         if self.mode in ("transductive", "running") or not self.layers:
-            self._count(groups=1, counted=None)
             return forward(query)
         if self.mode == "support":
-            self._count(groups=1, counted=shots)
-            return forward(torch.cat([support, query]))[shots:]
-        self._count(groups=queries, counted=None)
-        beside = support.expand(queries, *support.shape)
-        outputs = forward(torch.cat([beside, query[:, None]], dim=1).flatten(0, 1))
-        return outputs.view(queries, shots + 1, -1)[:, -1]
-
-    def _count(self, groups: int, counted: int | None) -> None:
-        self.statistics.groups, self.statistics.counted = groups, counted
+            return forward(torch.cat([support, query], dim=1), counted=shots)[:, shots:]
+        beside = support[:, None].expand(-1, queries, *support.shape[1:])
+        groups = torch.cat([beside, query[:, :, None]], dim=2)
+        return forward(groups.flatten(1, 2), groups=queries)[:, shots :: shots + 1]
