@@ -1,4 +1,8 @@
-"""The command line: parse, call, print; no logic."""
+"""The command line: parse, call, print; no logic.
+
+A command imports what it runs itself: the statistics and the figures take seconds to import, which
+a question for help or a mistyped option should not wait for.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,9 @@ from rich.table import Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
-from bench import comparison, regression, runner
-from bench import report as reports
 from bench.errors import BenchError
 from bench.plugins import load_plugin
-from bench.progress import Display, reuse_notes, summary_table
-from bench.sweep import Sweep, read_sweep
+from bench.sweep import Cell, Sweep, read_sweep
 from datasets import DatasetError
 
 app = typer.Typer(
@@ -126,6 +127,9 @@ def run(
 
     For example: python -m bench run --algos maml,fomaml --shots 1,5
     """
+    from bench import runner
+    from bench.progress import Display, reuse_notes, summary_table
+
     given = {name: value for name, value in locals().items() if value not in (None, False)}
     asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
     sweep = read_sweep(config, asked)
@@ -136,7 +140,9 @@ def run(
     with console.status("reading the data and checking gradients"):
         runner.check(cells, sources)
     if dry_run:
-        _print_plan(sweep, cells, sources, console)
+        with console.status("timing a few steps of each kind of cell"):
+            seconds = runner.estimate_seconds(cells, sources)
+        _print_plan(cells, seconds, console)
         return
     folder = out or runner.default_folder(cells)
     try:
@@ -154,9 +160,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _print_plan(sweep: Sweep, cells: list[Any], sources: runner.Sources, console: Console) -> None:
-    with console.status("timing a few steps of each kind of cell"):
-        seconds = runner.estimate_seconds(cells, sources)
+def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) -> None:
     table = Table("cell", "iterations", "meta-batch", "inner steps", "episodes", "about")
     for cell in cells:
         table.add_row(
@@ -185,6 +189,8 @@ def compare(
 
     Every pair that met the same test episodes; the table is comparison.csv in the first run.
     """
+    from bench import comparison
+
     found = comparison.compare(runs, accept_changed_code)
     written = found.write(runs[0])
     for line in [*found.lines(), *(f"written: {path}" for path in written)]:
@@ -207,6 +213,8 @@ def check(
     ] = "text",
 ) -> None:
     """Exit with status 1 if a run is worse than a baseline: in accuracy, time or memory."""
+    from bench import regression
+
     found = regression.check(run, baseline, margin, slowdown)
     if format == "github":
         print(found.markdown())
@@ -225,6 +233,8 @@ def report(
 
     For example: python -m bench report results/demo
     """
+    from bench import report as reports
+
     with Console(stderr=True).status("reading the run"):
         written = reports.write(folder)
     for path in written:

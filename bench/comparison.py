@@ -20,6 +20,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from bench.errors import BenchError
+from bench.files import write_text
 from bench.measure import STEP
 from bench.plots import save
 from bench.progress import reuse_notes
@@ -39,7 +40,7 @@ from bench.stats import (
     paired_ratio,
     resolvable_difference,
 )
-from bench.store import PERFORMANCE, Record, Run, write_text
+from bench.store import PERFORMANCE, Record, Run
 from bench.sweep import Cell
 
 ALPHA = 0.05
@@ -96,17 +97,15 @@ def read(folder: Path) -> tuple[list[Result], list[str]]:
         BenchError: a folder that holds no run, or no complete cell.
     """
     run = Run(folder)
-    try:
-        there = {path.name for path in run.cells.iterdir() if not path.name.startswith(".")}
-    except OSError:
-        raise BenchError(f"there is no run in {folder}: it has no cells/") from None
+    if not run.cells.is_dir():
+        raise BenchError(f"there is no run in {folder}: it has no cells/")
     results = []
     for record in run.records():
         try:
             results.append(_result(run, record))
         except (OSError, ValueError, KeyError):
             continue
-    damaged = sorted(there - {result.cell.id for result in results})
+    damaged = sorted(set(run.cell_ids()) - {result.cell.id for result in results})
     if not results:
         also = f"; {len(damaged)} are damaged" if damaged else ""
         raise BenchError(f"{folder} has no complete cells{also}")
@@ -176,7 +175,7 @@ def entrants(results: Iterable[Result]) -> list[Entrant]:
     groups: dict[tuple[str, str], dict[int, Result]] = {}
     for result in results:
         cell = result.cell
-        key = (cell.model_copy(update={"seed": 0}).id, result.record.source)
+        key = (cell.seedless_id, result.record.source)
         groups.setdefault(key, {}).setdefault(cell.seed, result)
     return [Entrant(by_seed) for by_seed in groups.values()]
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,7 +32,7 @@ from bench.plugins import load_plugin
 from bench.protocol import evaluate
 from bench.sweep import Cell, stream_seed
 from bench.training import build
-from datasets import EpisodeLoader, EpisodeSpec, Source
+from datasets import EpisodeLoader, Source
 
 WARM_UP = 2
 REPEATS = 7
@@ -178,11 +179,9 @@ class Subject:
         self.source = source
         self.algorithm = build(cell, source)
         seed = stream_seed("measurement", cell.seed)
-        shots = cell.train_shots or cell.shots
-        spec = (cell.dataset, "train", cell.ways)
-        train_spec = EpisodeSpec(*spec, shots, cell.test_shots, seed)
-        self.batches = EpisodeLoader(source, train_spec, cell.meta_batch)
-        self.eval_spec = EpisodeSpec(*spec, cell.shots, cell.test_shots, seed)
+        spec = cell.train_spec(seed)
+        self.batches = EpisodeLoader(source, spec, cell.meta_batch)
+        self.eval_spec = replace(spec, shots=cell.shots)
         self.meter = meter_for(cell.device)
 
     def once(self, phase: str, repeat: int) -> dict[str, Any]:

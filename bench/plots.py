@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from bench.files import whole
 from bench.stats import mean_interval
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def save(figure: Figure, path: Path) -> list[Path]:
     written = []
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
         target = path.with_name(f"{path.name}.{kind}")
-        aside = path.with_name(f"{path.name}.{kind}.part")
-        figure.savefig(aside, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
-        written.append(aside.replace(target))
+        with whole(target) as aside:
+            figure.savefig(aside, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+        written.append(target)
     return written
 
 

@@ -241,7 +241,7 @@ def _by_setting(
     """The pairs that differ in nothing but the seed, under a name for people."""
     groups: dict[tuple[str, ...], list[tuple[Result, Result]]] = {}
     for pair in pairs:
-        key = tuple(result.cell.model_copy(update={"seed": 0}).id for result in pair)
+        key = tuple(result.cell.seedless_id for result in pair)
         groups.setdefault(key, []).append(pair)
     named: dict[str, list[tuple[Result, Result]]] = {}
     for (cell_id, _), group in groups.items():

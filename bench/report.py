@@ -29,10 +29,11 @@ from markupsafe import Markup
 from bench import findings, paper, plots, tables
 from bench.comparison import Comparison, Row, compare
 from bench.errors import BenchError
+from bench.files import write_text
 from bench.findings import Task
 from bench.paper import plain
 from bench.plots import COSTS
-from bench.store import Run, write_text
+from bench.store import Run
 from bench.sweep import Sweep
 from bench.tables import FAIRNESS, SETTING, Tables
 

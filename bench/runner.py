@@ -20,12 +20,13 @@ import datasets
 from algorithms.verification import verify
 from bench import measure, plots, stats
 from bench.errors import BenchError, CellError
+from bench.files import write_text
 from bench.progress import Display
 from bench.protocol import after_last_step, evaluate
-from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_hash, write_text
+from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_hash
 from bench.sweep import Cell, Sweep
 from bench.training import build, train, validation_interval, write_tensors
-from datasets import EpisodeSpec, Source
+from datasets import Source
 
 GRADIENT_TOLERANCE = 1e-8
 """How far, relatively, an engine's gradient may be from the reference's in float64."""
@@ -75,11 +76,9 @@ def check(cells: list[Cell], sources: Sources) -> None:
     for device in {cell.device for cell in cells}:
         check_device(device)
     for cell in cells:
-        train_shots = cell.train_shots or cell.shots
-        for split, shots in (("train", train_shots), ("val", cell.shots), ("test", cell.shots)):
-            source = sources.get(cell.dataset, split, "cpu")
+        for spec in (cell.train_spec(0), cell.val_spec, cell.test_spec):
+            source = sources.get(cell.dataset, spec.split, "cpu")
             if source is not None:
-                spec = EpisodeSpec(cell.dataset, split, cell.ways, shots, cell.test_shots, 0)
                 source.check(spec)
         test = sources.require(cell.dataset, "test", "cpu")
         there = test.episodes(cell.test_spec)
@@ -102,12 +101,10 @@ def check_gradient(cell: Cell, source: Source) -> None:
     algorithm = build(cell.model_copy(update={"device": "cpu"}), source)
     if algorithm.engine == "higher":
         return
-    shots = cell.train_shots or cell.shots
-    spec = EpisodeSpec(cell.dataset, "train", cell.ways, shots, cell.test_shots, 0)
     error = verify(
         cell.algorithm,
         algorithm.model,
-        source.batch(spec, range(2)),
+        source.batch(cell.train_spec(0), range(2)),
         cell.hyperparameters,
         engine=algorithm.engine,
     )
@@ -163,10 +160,12 @@ def run(
         )
     with store.start(sweep), interruptible() as interrupted:
         display.begin(total=len(cells), done=sum(cell.id in known for cell in cells))
-        for _, group in itertools.groupby(cells, key=lambda cell: cell.setting):
-            todo = [cell for cell in group if cell.id not in known]
-            _run_group(todo, store, source, sweep, sources, display, interrupted)
-        display.end()
+        try:
+            for _, group in itertools.groupby(cells, key=lambda cell: cell.setting):
+                todo = [cell for cell in group if cell.id not in known]
+                _run_group(todo, store, source, sweep, sources, display, interrupted)
+        finally:
+            display.end()
         summary = store.write_summary()
         plots.draw_all(summary, store.figures)
     return summary
@@ -306,10 +305,9 @@ def estimate_seconds(cells: list[Cell], sources: Sources) -> dict[str, float]:
     known: dict[str, float] = {}
     found: dict[str, float] = {}
     for cell in cells:
-        kind = cell.model_copy(update={"seed": 0}).id
-        if kind not in known:
-            known[kind] = _estimate(cell, sources)
-        found[cell.id] = known[kind]
+        if cell.seedless_id not in known:
+            known[cell.seedless_id] = _estimate(cell, sources)
+        found[cell.id] = known[cell.seedless_id]
     return found
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +25,7 @@ import tomli_w
 import torch
 
 from bench.errors import BenchError
+from bench.files import whole, write_text
 from bench.sweep import Cell, Sweep
 
 SCORES = "episodes.parquet"
@@ -97,7 +98,7 @@ class Run:
             raise BenchError(f"{self.folder} is in use by another run") from error
         except OSError as error:
             raise BenchError(f"cannot write to {self.folder}: {error.strerror}") from error
-        asked = sweep.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
+        asked = sweep.model_dump(mode="json", exclude_none=True)
         write_text(self.folder / "sweep.toml", tomli_w.dumps(asked))
         write_text(self.folder / "environment.json", to_json(environment(sweep)))
         return lock
@@ -138,9 +139,8 @@ class Run:
         """Write ``summary.csv`` and ``summary.parquet`` from the cells that are there."""
         summary = self.summary()
         write_text(self.folder / "summary.csv", summary.to_csv(index=False))
-        aside = self.folder / "summary.parquet.part"
-        summary.to_parquet(aside, index=False)
-        aside.replace(self.folder / "summary.parquet")
+        with whole(self.folder / "summary.parquet") as aside:
+            summary.to_parquet(aside, index=False)
         return summary
 
     # Reading.
@@ -157,22 +157,21 @@ class Run:
             return None
         return record if whole and cell.id == cell_id else None
 
+    def cell_ids(self) -> list[str]:
+        """Ids of the cells that have a folder, damaged ones too; none where there is no run."""
+        if not self.cells.is_dir():
+            return []
+        return sorted(path.name for path in self.cells.iterdir() if not path.name.startswith("."))
+
     def records(self) -> list[Record]:
         """The complete cells, in the order of their settings."""
-        try:
-            found = [path.name for path in self.cells.iterdir() if not path.name.startswith(".")]
-        except OSError:
-            found = []
-        records = [record for name in found if (record := self.record(name))]
+        records = [record for cell_id in self.cell_ids() if (record := self.record(cell_id))]
         return sorted(
             records,
-            key=lambda r: (
-                r.cell.dataset,
-                r.cell.ways,
-                r.cell.shots,
-                r.cell.algorithm,
-                r.cell.seed,
-            ),
+            key=lambda record: [
+                getattr(record.cell, name)
+                for name in ("dataset", "ways", "shots", "algorithm", "seed")
+            ],
         )
 
     def failures(self) -> dict[str, Any]:
@@ -252,7 +251,6 @@ def cpu_name() -> str:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with ``+`` where it has changes; None outside one."""
-    import subprocess
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
@@ -273,13 +271,3 @@ def to_json(value: Any) -> str:
         raise TypeError(f"cannot write {type(item)} as JSON")
 
     return json.dumps(value, indent=2, default=plain) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

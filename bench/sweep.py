@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,6 +88,7 @@ class Cell(Settings):
         hyperparameters: the algorithm's own, all of them.
     """
 
+    train_shots: Positive
     algorithm: str
     dataset: str
     ways: int
@@ -103,9 +104,25 @@ class Cell(Settings):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
+    def seedless_id(self) -> str:
+        """The same for cells that differ in nothing but the seed."""
+        return self.model_copy(update={"seed": 0}).id
+
+    @property
     def setting(self) -> tuple[Any, ...]:
         """What cells have in common that are compared: all but the algorithm and its ways."""
         return (self.dataset, self.ways, self.shots, self.test_shots, self.seed, self.device)
+
+    def train_spec(self, seed: int) -> EpisodeSpec:
+        """A stream of training episodes."""
+        shape = (self.ways, self.train_shots, self.test_shots)
+        return EpisodeSpec(self.dataset, "train", *shape, seed)
+
+    @property
+    def val_spec(self) -> EpisodeSpec:
+        """The stream of validation episodes: the same for every algorithm and every seed."""
+        shape = (self.ways, self.shots, self.test_shots)
+        return EpisodeSpec(self.dataset, "val", *shape, self.eval_seed)
 
     @property
     def test_spec(self) -> EpisodeSpec:
@@ -116,8 +133,7 @@ class Cell(Settings):
     @property
     def samples_per_step(self) -> int:
         """Labelled samples that a meta-step sees: support and query sets of its tasks."""
-        shots = (self.train_shots or self.shots) + self.test_shots
-        return self.meta_batch * self.ways * shots
+        return self.meta_batch * self.ways * (self.train_shots + self.test_shots)
 
     @property
     def gradients_per_step(self) -> int:
@@ -256,7 +272,7 @@ def first_fault(error: ValidationError) -> str:
     return f"{place.replace('_', '-')}: {message}{given}"
 
 
-def _nearest(name: str, known: Iterator[str] | dict[str, Any]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
 

@@ -123,7 +123,7 @@ def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
     """The cells that can be read, and the faults of those that cannot."""
     records = {record.cell.id: record for record in run.records()}
     loaded, faults = [], []
-    for name in _folders(run.cells):
+    for name in run.cell_ids():
         try:
             loaded.append(_load(run, records[name]))
         except KeyError:
@@ -132,12 +132,6 @@ def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
             reason = f"{type(error).__name__}: {error}"
             faults.append((f"{records[name].cell} (cells/{name})", "damaged", reason))
     return loaded, faults
-
-
-def _folders(cells: Path) -> list[str]:
-    if not cells.is_dir():
-        return []
-    return sorted(path.name for path in cells.iterdir() if not path.name.startswith("."))
 
 
 def _damage(folder: Path) -> str:
@@ -248,11 +242,11 @@ def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -
     """One row an entrant, in ``key``, and one, without a key, for failed cells that have none."""
     failures: dict[str, list[Cell]] = {}
     for cell in failed:
-        failures.setdefault(_seedless(cell), []).append(cell)
+        failures.setdefault(cell.seedless_id, []).append(cell)
     names = labels(list(groups))
     rows: list[dict[str, Any]] = []
     for entrant, group in groups.items():
-        lost = failures.pop(_seedless(group[0].record.cell), [])
+        lost = failures.pop(group[0].record.cell.seedless_id, [])
         rows.append({"key": entrant, "label": names[entrant], **_entry(group), "failed": len(lost)})
     for cells in failures.values():
         cell = cells[0]
@@ -282,10 +276,6 @@ def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -
         for _, members in frame.groupby(list(SETTING), sort=False):
             frame.loc[members.index, f"pareto_{cost}"] = pareto(members[cost], members["merit"])
     return frame.drop(columns="merit")
-
-
-def _seedless(cell: Cell) -> str:
-    return cell.model_copy(update={"seed": 0}).id
 
 
 def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:

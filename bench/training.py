@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import algorithms
 from algorithms import Algorithm, models
 from bench.errors import CellError
+from bench.files import whole
 from bench.protocol import after_last_step, evaluate
 from bench.sweep import Cell, stream_seed
-from datasets import EpisodeLoader, EpisodeSpec, Source
+from datasets import EpisodeLoader, Source
 
 CHECKPOINT_SECONDS = 10.0
 
@@ -97,14 +98,7 @@ def train(
     """
     run = _Training(cell, build(cell, train_source), source)
     run.restore(checkpoint)
-    spec = EpisodeSpec(
-        cell.dataset,
-        "train",
-        cell.ways,
-        cell.train_shots or cell.shots,
-        cell.test_shots,
-        stream_seed("training episodes", cell.seed),
-    )
+    spec = cell.train_spec(stream_seed("training episodes", cell.seed))
     batches = EpisodeLoader(train_source, spec, cell.meta_batch)
     every = validation_interval(cell)
     saved = time.monotonic()
@@ -163,10 +157,7 @@ class _Training:
     def validate(self, source: Source, iteration: int) -> float:
         """Score on validation episodes, and keep the parameters if they are the best so far."""
         cell = self.cell
-        spec = EpisodeSpec(
-            cell.dataset, "val", cell.ways, cell.shots, cell.test_shots, cell.eval_seed
-        )
-        scores = evaluate(self.algorithm, source, spec, cell.val_episodes, cell.eval_steps)
+        scores = evaluate(self.algorithm, source, cell.val_spec, cell.val_episodes, cell.eval_steps)
         metric = float(after_last_step(scores).mean())
         better = max if source.outputs is None else min
         if not self.log.val_metric or better(metric, *self.log.val_metric) == metric:
@@ -229,10 +220,9 @@ def meta_lr(cell: Cell, iteration: int) -> float:
 
 def write_tensors(tensors: State, path: Path, **notes: str) -> None:
     """Write tensors and notes to a safetensors file, whole or not at all."""
-    aside = path.with_suffix(".part")
     contiguous = {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
-    save_file(contiguous, aside, metadata={"notes": json.dumps(notes)})
-    aside.replace(path)
+    with whole(path) as aside:
+        save_file(contiguous, aside, metadata={"notes": json.dumps(notes)})
 
 
 def read_tensors(path: Path, **notes: str) -> State:

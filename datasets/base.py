@@ -97,7 +97,7 @@ def get(name: str) -> type[Dataset]:
     Raises:
         DatasetError: no such name; the message has the nearest one.
     """
-    if name not in names():
+    if name not in _registry and name not in names():  # looking for packages takes milliseconds
         near = difflib.get_close_matches(name, _registry, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_registry)}"
         raise DatasetError(f"no dataset is called {name!r}; {hint}")
