@@ -108,11 +108,21 @@ def test_cells_of_changed_code_are_not_mixed_in_silence(bench, tmp_path: Path, m
     assert bench(*arguments, "--accept-changed-code")[0] == 0
 
 
+LONG_ENOUGH_TO_CUT = ("run", "--algos", "maml", *QUICK, "--iterations", "400")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(*LONG_ENOUGH_TO_CUT, "--out", "whole", cwd=folder).wait() == 0
+    return folder / "whole"
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, stop: int) -> None:
-    arguments = ("run", "--algos", "maml", *QUICK, "--iterations", "400")
-    undisturbed = start(*arguments, "--out", "whole", cwd=tmp_path)
-    assert undisturbed.wait() == 0
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    tmp_path: Path, undisturbed: Path, stop: int
+) -> None:
+    arguments = LONG_ENOUGH_TO_CUT
     process = start(*arguments, "--out", "cut", cwd=tmp_path)
     cells = tmp_path / "cut" / "cells"
     deadline = time.monotonic() + 60
@@ -124,10 +134,11 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, stop: int) 
     assert "the same command goes on from here" in out
     assert not Run(tmp_path / "cut").records()
     assert start(*arguments, "--out", "cut", cwd=tmp_path).wait() == 0
-    (whole,), (cut,) = Run(tmp_path / "whole").records(), Run(tmp_path / "cut").records()
+    (whole,), (cut,) = Run(undisturbed).records(), Run(tmp_path / "cut").records()
     assert cut.figures["mean"] == whole.figures["mean"]
     for name in ("episodes.parquet", "checkpoint.safetensors"):
-        files = [tmp_path / run / "cells" / whole.cell.id / name for run in ("whole", "cut")]
+        runs = (undisturbed, tmp_path / "cut")
+        files = [run / "cells" / whole.cell.id / name for run in runs]
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
