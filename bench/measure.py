@@ -42,6 +42,10 @@ STEP = "meta_step"
 EVALUATION = "evaluation"
 CALIBRATION = "calibration"
 PHASES = (STEP, CALIBRATION, EVALUATION)
+GROWTH = "growth"
+GROWTH_STEPS = (1, 2, 4, 8)
+"""Inner steps over which the growth of a meta-step's memory is measured."""
+GROWTH_TASKS = 4
 CALIBRATION_SIDE = 768
 CALIBRATION_PRODUCTS = 4
 PATIENCE_SECONDS = 600.0
@@ -196,6 +200,21 @@ class Subject:
             calibrate(self.cell.device)
         return {"phase": phase, "repeat": repeat, **self.meter.stop()}
 
+    def growth(self) -> list[dict[str, Any]]:
+        """Peak memory of a meta-step by its inner steps, on few tasks, so that it fits where the
+        cell itself does. Asked first: what a process once held can hide a smaller peak."""
+        few = EpisodeLoader(self.source, self.batches.spec, min(self.cell.meta_batch, GROWTH_TASKS))
+        usual = self.algorithm.inner_steps
+        rows = []
+        for steps in GROWTH_STEPS:
+            self.algorithm.inner_steps = steps
+            self.meter.start()
+            self.algorithm.meta_backward(few[0])
+            row = {"phase": GROWTH, "repeat": 0, "inner_steps": steps}
+            rows.append(row | self.meter.stop())
+        self.algorithm.inner_steps = usual
+        return rows
+
     def flops(self, phase: str) -> int:
         """Floating-point operations of one repeat of a phase, as torch counts them (matrix
         products and convolutions, forward and backward)."""
@@ -213,7 +232,9 @@ def measure(
         For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes,
         ``calibration``) and repeat: ``phase``, ``repeat``, ``seconds``, ``wall_seconds``,
         ``process_seconds``, ``peak_bytes``, ``flops``, on accelerators ``reserved_bytes`` and
-        ``joules``, and ``session``, which is the same for cells that took turns.
+        ``joules``, and ``session``, which is the same for cells that took turns. Before them one
+        row for each of :data:`GROWTH_STEPS` ``inner_steps`` (``phase`` ``growth``): the peak of a
+        meta-step with so many.
 
     Raises:
         CellError: a process that failed.
@@ -221,6 +242,8 @@ def measure(
     rows: list[list[dict[str, Any]]] = [[] for _ in cells]
     with ExitStack() as stack:
         subjects = [stack.enter_context(_subject(cell, root, plugin)) for cell in cells]
+        for subject, found in zip(subjects, rows, strict=True):
+            found += _ask(subject, "growth")
         for repeat in range(-WARM_UP, REPEATS):
             for subject, found in zip(subjects, rows, strict=True):
                 for phase in PHASES:
@@ -229,7 +252,7 @@ def measure(
                         found.append(row | {"repeat": repeat})
         for subject, found in zip(subjects, rows, strict=True):
             flops = {phase: _ask(subject, "flops", phase) for phase in PHASES}
-            found[:] = [row | {"flops": flops[row["phase"]]} for row in found]
+            found[:] = [row | {"flops": flops.get(row["phase"])} for row in found]
     session = secrets.token_hex(4)
     return [pd.DataFrame(found).assign(session=session) for found in rows]
 

@@ -161,6 +161,8 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
         "cost": cost(board, "step_ms", meaning),
         "memory": cost(board, "peak_memory_bytes", meaning),
     }
+    if len(tables.growth):
+        figures["memory_steps"] = growth(board, tables.growth)
     return [path for name, figure in figures.items() for path in save(figure, folder / name)]
 
 
@@ -172,6 +174,17 @@ def adaptation(board: pd.DataFrame, points: pd.DataFrame) -> Figure:
     for axis, entries in panels:
         _curves(axis, entries, points, "step", board)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return figure
+
+
+def growth(board: pd.DataFrame, points: pd.DataFrame) -> Figure:
+    """Peak memory of a meta-step on few tasks over its inner steps."""
+    figure, panels = _grid(board, "inner steps of a meta-step; bands: lowest to highest seed")
+    for axis, entries in panels:
+        _curves(axis, entries.assign(metric="memory"), points, "step", board)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axis.set_ylabel("peak memory, MiB")
+        axis.set_ylim(bottom=0)
     return figure
 
 

@@ -161,10 +161,16 @@ def reuse_notes(summary: pd.DataFrame) -> list[str]:
     notes = []
     reused = summary[(summary["sample_reuse"] > 1) & (summary["status"] == "complete")]
     for dataset, rows in reused.groupby("dataset"):
+        wider = rows["ci95_classes"].dropna()
+        about = (
+            f" (± {100 * wider.min():.1f} to {100 * wider.max():.1f}%: ci95_classes)"
+            if len(wider)
+            else ""
+        )
         notes.append(
             f"note:  {rows['episodes'].iloc[0]} episodes use each of {dataset}'s test samples "
             f"{rows['sample_reuse'].max():.1f} times, so that these intervals understate the "
-            "uncertainty about new classes; --protocol disjoint does not"
+            f"uncertainty about new classes{about}; --protocol disjoint shares none"
         )
     return notes
 

@@ -4,7 +4,7 @@
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
-for (const curve of ["adaptation", "learning"]) {
+for (const curve of ["adaptation", "learning", "growth"]) {
   const { columns, rows } = data[curve];
   data[curve] = rows.map((row) => Object.fromEntries(columns.map((name, i) => [name, row[i]])));
 }
@@ -188,6 +188,19 @@ function learning(entries, task) {
   };
 }
 
+function growth(entries) {
+  const mine = new Map(entries.map((entry) => [entry.entry, entry.label]));
+  const points = data.growth.filter((point) => mine.has(point.entry));
+  const title = "peak memory, MiB";
+  return {
+    traces: lines(entries, points, "step"),
+    x: { title: "inner steps of a meta-step", rangemode: "tozero", dtick: tick(points) },
+    y: { title, rangemode: "tozero" },
+    columns: ["algorithm", "inner steps", title, "lowest seed", "highest seed"],
+    rows: points.map((p) => [mine.get(p.entry), p.step, p.mean, p.low, p.high]),
+  };
+}
+
 const PLACES = ["top center", "bottom center", "middle right", "middle left"];
 
 function cost(entries, task) {
@@ -224,7 +237,7 @@ function cost(entries, task) {
   };
 }
 
-const CHARTS = { scores, adaptation, learning, cost };
+const CHARTS = { scores, adaptation, learning, growth, cost };
 
 function axis(settings) {
   return {

@@ -31,6 +31,7 @@ from bench.comparison import Comparison, Row, compare
 from bench.errors import BenchError
 from bench.files import write_text
 from bench.findings import Task
+from bench.measure import GROWTH_TASKS
 from bench.paper import plain
 from bench.plots import COSTS
 from bench.store import Run
@@ -42,6 +43,9 @@ FILE_ONLY = (
     "hyperparameters",
 )
 """What a sweep's file can say and the command line cannot."""
+
+HALF_WIDTHS = ("ci_seeds", "ci_episodes", "ci95_classes")
+"""Of an entry's intervals, as the leaderboard shows them."""
 
 AXES = ("algos", "datasets", "ways", "shots", "seeds", "devices")
 
@@ -86,6 +90,12 @@ CHARTS = [
                 "options": [("iteration", "iterations"), ("seconds", "seconds")],
             },
         ],
+    },
+    {
+        "id": "growth",
+        "title": "Memory over inner steps",
+        "says": f"Peak of a meta-step on {GROWTH_TASKS} tasks (fewer where the meta-batch has "
+        "fewer), mean of the seeds. Band: lowest to highest seed.",
     },
     {
         "id": "cost",
@@ -287,6 +297,7 @@ def _leaderboard(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
         Column("95% interval", text=True, sorts=False),
         Column("± over seeds"),
         Column("± over episodes"),
+        Column("± over classes"),
         Column("Seeds"),
         *(Column(name.replace("_", " ").capitalize()) for name in settings),
         *(Column(title) for title, _, _ in MEASURED.values()),
@@ -350,11 +361,11 @@ def _score_cells(
     lost = f" ({row['failed']} failed)" if row["failed"] else ""
     seeds = Shown(f"{row['seeds']}{lost}", row["seeds"], "failed" if lost else "")
     if bounds is None or row["seeds"] == 0:
-        return [Shown("failed", "", "failed"), Shown(""), Shown(""), Shown(""), seeds]
+        return [Shown("failed", "", "failed"), *[Shown("")] * 4, seeds]
     scale, digits = (100, 1) if row["metric"] == "accuracy" else (1, 3)
     unit = "" if not with_unit else " %" if row["metric"] == "accuracy" else " mse"
     mean = Shown(f"{scale * row['mean']:.{digits}f}{unit}", f"{scale * row['mean']:.6g}", "score")
-    halves = [_number(scale * row[name], digits) for name in ("ci_seeds", "ci_episodes")]
+    halves = [_number(scale * row[name], digits) for name in HALF_WIDTHS]
     low, high = bounds
     places = [100 * (row[n] - low) / ((high - low) or 1) for n in ("low", "mean", "high")]
     places = [50.0 if math.isnan(place) else min(max(place, 0.0), 100.0) for place in places]
@@ -393,6 +404,7 @@ def _chart_data(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
         "entries": entries,
         "adaptation": _points(found.adaptation, scales),
         "learning": _points(found.learning, scales),
+        "growth": _points(found.growth, dict.fromkeys(scales, 1.0)),
     }
 
 
@@ -476,7 +488,7 @@ def _said(value: Any) -> str:
 
 def _settings(board: pd.DataFrame) -> dict[str, Any]:
     """Every setting of every entry; those that nobody changed from nothing are left out."""
-    outcomes = {"entry", "label", "metric", "mean", "ci95", "ci_seeds", "ci_episodes", "low"}
+    outcomes = {"entry", "label", "metric", "mean", "ci95", *HALF_WIDTHS, "low"}
     outcomes |= {"high", "over", "failed", "seeds", *COSTS, *(f"pareto_{name}" for name in COSTS)}
     outcomes |= {"algorithm"}
     names = [str(n) for n in board if n not in outcomes and board[n].notna().any()]

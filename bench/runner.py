@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 
@@ -243,7 +245,8 @@ def _train_and_evaluate(
         algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps, display.episode
     )
     scores.to_parquet(workplace / SCORES, index=False)
-    interval = stats.mean_interval(after_last_step(scores).to_numpy())
+    values = after_last_step(scores).to_numpy()
+    interval = stats.mean_interval(values)
     figures = {
         "metric": "accuracy" if test.outputs is None else "mse",
         "mean": interval.estimate,
@@ -252,9 +255,20 @@ def _train_and_evaluate(
         "engine": algorithm.engine,
         "episode_address": cell.test_spec.address,
         "sample_reuse": test.reuse(cell.test_spec, cell.episodes),
+        **_over_classes(values, test.classes_of(cell.test_spec, cell.episodes)),
     }
     write_text(noted, json.dumps({"source": source, "figures": figures}))
     return figures
+
+
+def _over_classes(values: npt.ArrayLike, classes: npt.NDArray[np.int64] | None) -> dict[str, float]:
+    """The interval for tasks of new classes, where the classes tell it."""
+    if classes is None:
+        return {}
+    try:
+        return {"ci95_classes": stats.class_interval(values, classes).half_width}
+    except ValueError:  # every two episodes share equally many: a split of as many classes as ways
+        return {}
 
 
 @contextmanager

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 import pandas as pd
-import psutil
 import tomli_w
-import torch
 
+from bench.environment import environment
 from bench.errors import BenchError
 from bench.files import whole, write_text
 from bench.sweep import Cell, Sweep
@@ -42,6 +37,7 @@ SUMMARY_COLUMNS = (
     # Beyond the contract's, what a fair comparison must show.
     *(
         "protocol",
+        "ci95_classes",
         "samples_per_step",
         "gradients_per_step",
         "matmul_share",
@@ -210,56 +206,6 @@ def source_hash(plugin: Path | None = None) -> str:
     for path in decisive:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
-
-
-def environment(sweep: Sweep) -> dict[str, Any]:
-    """What a result may depend on besides the code: versions, machine, threads, seeds."""
-    packages = ("torch", "higher", "numpy", "pandas", "scipy", "seaborn", "fewshot-bench")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in packages},
-        "commit": git_commit(),
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cores": psutil.cpu_count(logical=False),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-        "seeds": sweep.seeds,
-        "eval_seed": sweep.eval_seed or 0,
-        "deterministic": {
-            "cpu": True,
-            "cuda": "not to the bit: atomic additions in cuDNN's and index kernels"
-            if gpus
-            else None,
-        },
-    }
-
-
-def cpu_name() -> str:
-    """The processor's model name, as far as the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, with ``+`` where it has changes; None outside one."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def to_json(value: Any) -> str:

@@ -21,9 +21,10 @@ import pandas as pd
 
 from bench.comparison import Entrant, Result, entrants, labels
 from bench.errors import BenchError
+from bench.measure import GROWTH
 from bench.plots import COSTS
 from bench.stats import Over, mean_interval
-from bench.store import CHECKPOINT, RECORD, SCORES, TRAINING, Record, Run
+from bench.store import CHECKPOINT, PERFORMANCE, RECORD, SCORES, TRAINING, Record, Run
 from bench.sweep import Cell, Sweep, read_sweep
 
 SETTING = ("dataset", "ways", "shots", "device")
@@ -41,7 +42,7 @@ COUNTS = ("samples_per_step", "gradients_per_step")
 POINTS = 60
 """Points of a learning curve: a page with 2,000 cells stays small, and no eye sees more."""
 
-ADAPTATION = ("step", "mean", "low", "high")
+CURVE = ("step", "mean", "low", "high")
 LEARNING = ("of", "iteration", "seconds", "mean", "low", "high")
 
 Floats = npt.NDArray[np.float64]
@@ -54,12 +55,14 @@ class Tables:
     Attributes:
         leaderboard: one row an entry, better ones first within a setting: ``entry``, ``label``, the
             settings, ``seeds``, ``failed`` (seeds that failed), ``metric``, ``mean``, the half
-            widths ``ci_seeds`` and ``ci_episodes``, the headline interval ``low``, ``high`` and
-            what it is ``over``, the costs, and ``pareto_<cost>``.
+            widths ``ci_seeds``, ``ci_episodes`` and ``ci95_classes``, the headline interval
+            ``low``, ``high`` and what it is ``over``, the costs, and ``pareto_<cost>``.
         adaptation: ``entry``, ``step``, ``mean``, ``low``, ``high``: after 0, 1, ... inner
             steps, with the interval over episodes (these trained models, on new tasks).
         learning: ``entry``, ``of`` (training or validation), ``iteration``, ``seconds``, ``mean``,
             and the ``low``-est and ``high``-est seed.
+        growth: ``entry``, ``step`` (inner steps of a meta-step), ``mean``, ``low``, ``high``: peak
+            MiB of one on few tasks, the mean, lowest and highest of the seeds.
         faults: cells that are not here: ``cell``, ``status`` (failed, damaged, missing) and
             ``reason``.
         sweep: what was asked, where ``sweep.toml`` says.
@@ -68,17 +71,20 @@ class Tables:
     leaderboard: pd.DataFrame
     adaptation: pd.DataFrame
     learning: pd.DataFrame
+    growth: pd.DataFrame
     faults: pd.DataFrame
     sweep: Sweep | None
 
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A complete cell: its result, its scores (episodes, steps + 1) and its learning curve."""
+    """A complete cell: its result, its scores (episodes, steps + 1), its learning curve and the
+    peak MiB of a meta-step by its inner steps."""
 
     result: Result
     scores: Floats
     learning: pd.DataFrame
+    growth: pd.Series[float]
 
     @property
     def record(self) -> Record:
@@ -109,8 +115,9 @@ def read(run: Run) -> Tables:
     members = {i: groups[key] for i, key in enumerate(leaderboard["key"]) if key is not None}
     return Tables(
         leaderboard.drop(columns="key"),
-        _stacked({entry: _adaptation(group) for entry, group in members.items()}, ADAPTATION),
+        _stacked({entry: _adaptation(group) for entry, group in members.items()}, CURVE),
         _learning(members),
+        _stacked({entry: _growth(group) for entry, group in members.items()}, CURVE),
         pd.DataFrame(faults, columns=["cell", "status", "reason"]),
         sweep,
     )
@@ -165,7 +172,18 @@ def _load(run: Run, record: Record) -> _Loaded:
     if scores.shape != (cell.episodes, cell.eval_steps + 1):
         raise ValueError(f"scores of {scores.shape[0]} episodes, not of {cell.episodes}")
     values = scores.to_numpy(np.float64)
-    return _Loaded(Result(record, values[:, -1], pd.DataFrame()), values, learning)
+    growth = _peaks(run.cells / cell.id / PERFORMANCE)
+    return _Loaded(Result(record, values[:, -1], pd.DataFrame()), values, learning, growth)
+
+
+def _peaks(path: Path) -> pd.Series[float]:
+    """Peak MiB of a meta-step by its inner steps; empty where that was not measured."""
+    performance = pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+    if "inner_steps" not in performance:
+        return pd.Series(dtype=float)
+    rows = performance[performance["phase"] == GROWTH].dropna(subset="peak_bytes")
+    peaks: pd.Series[float] = rows.set_index("inner_steps")["peak_bytes"] / 2**20
+    return peaks
 
 
 def _curve(training: pd.DataFrame) -> pd.DataFrame:
@@ -263,7 +281,7 @@ def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -
         "metric",
         "mean",
     ]
-    columns += ["ci_seeds", "ci_episodes", "low", "high", "over", *COSTS, *COUNTS]
+    columns += ["ci_seeds", "ci_episodes", "ci95_classes", "low", "high", "over", *COSTS, *COUNTS]
     frame = pd.DataFrame(rows)
     frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *columns])))
     frame["merit"] = frame["mean"].where(frame["metric"] == "accuracy", -frame["mean"])
@@ -350,6 +368,14 @@ def _adaptation(group: Sequence[_Loaded]) -> pd.DataFrame:
     half = np.array([_half_width(column, "episodes") for column in scores.T])
     steps = np.arange(mean.size)
     return pd.DataFrame({"step": steps, "mean": mean, "low": mean - half, "high": mean + half})
+
+
+def _growth(group: Sequence[_Loaded]) -> pd.DataFrame:
+    """Peak MiB by inner steps: the mean of the seeds, the lowest and the highest."""
+    by_steps = pd.concat([one.growth for one in group]).groupby(level=0)
+    found = by_steps.agg(["mean", "min", "max"])
+    found.columns = pd.Index(["mean", "low", "high"])
+    return found.rename_axis("step").reset_index()
 
 
 def _learning(members: dict[int, list[_Loaded]]) -> pd.DataFrame:

@@ -110,6 +110,11 @@ class Source(ABC):
         """How often that many episodes use each sample, on average; None where samples are new."""
         return None
 
+    def classes_of(self, spec: EpisodeSpec, episodes: int) -> npt.NDArray[np.int64] | None:
+        """The classes of the first episodes of a stream ``(episodes, ways)``, as numbers within
+        the split; None where there are no classes."""
+        return None
+
     @abstractmethod
     def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
         """The episodes of these indices as one batch."""
@@ -184,6 +189,11 @@ class ClassSource(Source):
 
     def reuse(self, spec: EpisodeSpec, episodes: int) -> float | None:
         return episodes * spec.ways * (spec.shots + spec.test_shots) / len(self.samples)
+
+    def classes_of(self, spec: EpisodeSpec, episodes: int) -> npt.NDArray[np.int64]:
+        firsts = np.stack([self.indices(spec, index)[0][:, 0] for index in range(episodes)])
+        found: npt.NDArray[np.int64] = np.searchsorted(self._starts, firsts, side="right") - 1
+        return found
 
     def _disjoint(self, spec: EpisodeSpec) -> list[tuple[npt.NDArray[np.int64], ...]]:
         """Every episode of a disjoint stream.

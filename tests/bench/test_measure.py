@@ -7,20 +7,23 @@ import torch
 import datasets
 from bench import measure
 from bench.errors import CellError
-from bench.sweep import Cell
+from bench.sweep import Cell, Sweep
 from tests.bench.conftest import TINY
 
 
 def test_every_repeat_of_every_cell_is_kept_and_counted_alike(cell: Cell) -> None:
     other = cell.model_copy(update={"algorithm": "fomaml"})
     first, second = measure.measure([cell, other], plugin=TINY)
-    for found in (first, second):
+    for whole in (first, second):
+        growing = whole["phase"] == measure.GROWTH
+        growth, found = whole[growing], whole[~growing]
         assert found.groupby("phase")["repeat"].apply(list).to_dict() == {
             phase: list(range(measure.REPEATS))
             for phase in (measure.STEP, measure.EVALUATION, measure.CALIBRATION)
         }
         assert (found[["seconds", "process_seconds", "flops"]] > 0).all(axis=None)
         assert found["peak_bytes"].ge(0).all()
+        assert growth["inner_steps"].tolist() == list(measure.GROWTH_STEPS)
     assert first["session"].unique() == second["session"].unique()
     # Second order costs more arithmetic than first order, and evaluation the same.
     flops = [f.groupby("phase")["flops"].first() for f in (first, second)]
@@ -29,6 +32,17 @@ def test_every_repeat_of_every_cell_is_kept_and_counted_alike(cell: Cell) -> Non
     headline = measure.headline(first)
     assert headline["step_gflops"] == pytest.approx(flops[0][measure.STEP] / 1e9)
     assert set(headline) >= {"step_ms", "eval_ms_per_episode", "peak_memory_bytes"}
+
+
+def test_memory_grows_with_the_inner_steps_of_second_order_alone() -> None:
+    settings = {"algos": ["maml", "fomaml"], "devices": ["cpu"], "test_shots": 15, "shots": [5]}
+    both = [
+        found[found["phase"] == measure.GROWTH].set_index("inner_steps")["peak_bytes"]
+        for found in measure.measure(Sweep(**settings).cells())
+    ]
+    second, first = (peaks[8] - peaks[2] for peaks in both)
+    assert second > 2 * 2**20
+    assert first < 0.3 * second
 
 
 class StandIn:

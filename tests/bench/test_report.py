@@ -59,7 +59,14 @@ def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = No
     cost = 0.01 * (1 + len(cell.algorithm)) * (1 + 0.01 * repeat)
     performance = {"phase": "meta_step", "repeat": repeat, "seconds": cost, "session": "s"}
     performance |= {"process_seconds": cost, "peak_bytes": 2**20 * len(cell.algorithm)}
-    pd.DataFrame(performance).to_parquet(workplace / PERFORMANCE)
+    steps = pd.Series([1, 2, 4, 8])
+    growth = {
+        "phase": "growth",
+        "inner_steps": steps,
+        "peak_bytes": 2**20 * (5 + cell.seed + steps),
+    }
+    measured = pd.concat([pd.DataFrame(growth), pd.DataFrame(performance)])
+    measured.to_parquet(workplace / PERFORMANCE, index=False)
     (workplace / CHECKPOINT).write_bytes(b"weights")
     last = scores[:, -1]
     figures = {
@@ -222,7 +229,7 @@ def test_markdown_fits_a_comment_whatever_the_run(run: Run) -> None:
     found = tables.read(run)
     many = pd.concat([found.leaderboard] * 300, ignore_index=True)
     faults = pd.DataFrame([("x" * 80, "failed", "y" * 80)] * 500, columns=found.faults.columns)
-    big = tables.Tables(many, found.adaptation, found.learning, faults, None)
+    big = tables.Tables(many, found.adaptation, found.learning, found.growth, faults, None)
     text = paper.markdown("big", big, [], ["note " * 20] * 500, "")
     assert len(text) < 65_536
     assert "and 2,300 more rows" in text
@@ -249,7 +256,15 @@ def test_everything_is_written_whole(run: Run) -> None:
     written = report.write(run.folder)
     names = {path.name for path in written}
     assert {"report.html", "report.md", "table.tex", "comparison.csv"} <= names
-    for name in ("accuracy", "adaptation", "learning", "learning_seconds", "cost", "memory"):
+    for name in (
+        "accuracy",
+        "adaptation",
+        "learning",
+        "learning_seconds",
+        "cost",
+        "memory",
+        "memory_steps",
+    ):
         assert {f"{name}.png", f"{name}.svg"} <= names
     assert all(path.stat().st_size > 500 for path in written)
     assert not list(run.folder.rglob("*.part"))
@@ -404,7 +419,7 @@ def test_every_chart_is_drawn_for_every_task(page) -> None:
     tasks = page.get_by_label("Task", exact=True)
     for index in range(tasks.locator("option").count()):
         tasks.select_option(str(index))
-        for name in ("scores", "adaptation", "learning", "cost"):
+        for name in ("scores", "adaptation", "learning", "growth", "cost"):
             chart = page.locator(f"#chart-{name}")
             assert chart.locator(".scatterlayer .trace").count() > 1
             assert tasks.locator("option").nth(index).inner_text() in chart.get_attribute(
@@ -421,7 +436,7 @@ def test_every_chart_is_drawn_for_every_task(page) -> None:
 @needs_browser
 def test_every_chart_has_its_numbers_as_a_table(page) -> None:
     page.get_by_label("Task", exact=True).select_option(label="glyphs, 5-way 1-shot")
-    for name in ("scores", "adaptation", "learning", "cost"):
+    for name in ("scores", "adaptation", "learning", "growth", "cost"):
         page.locator(f"#numbers-{name} summary").press("Enter")
         table = page.locator(f"#numbers-{name} table")
         table.wait_for()

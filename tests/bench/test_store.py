@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from bench.errors import BenchError
-from bench.store import SUMMARY_COLUMNS, Run, environment, source_hash
+from bench.store import SUMMARY_COLUMNS, Run, source_hash
 from bench.sweep import Cell, Sweep
 
 FIGURES = {"metric": "accuracy", "mean": 0.5, "ci95": 0.01, "engine": "higher"}
@@ -82,14 +82,6 @@ def test_one_run_at_a_time_uses_a_folder(run: Run) -> None:
         pytest.raises(BenchError, match="in use by another run"),
     ):
         Run(run.folder).start(Sweep(devices=["cpu"]))
-
-
-def test_the_environment_names_what_a_result_may_depend_on() -> None:
-    found = environment(Sweep(devices=["cpu"], seeds=[3, 4]))
-    assert found["seeds"] == [3, 4]
-    assert set(found["packages"]) >= {"torch", "higher", "numpy"}
-    assert found["threads"] >= 1
-    json.dumps(found)
 
 
 def test_the_source_hash_is_of_the_code_and_of_the_plugin(tmp_path: Path) -> None:

@@ -335,6 +335,14 @@ def test_an_unknown_protocol_is_refused() -> None:
         EpisodeSpec("toy", "test", 2, 1, 1, 0, "once")
 
 
+@pytest.mark.parametrize("protocol", ["independent", "disjoint"])
+def test_the_classes_of_an_episode_are_those_of_its_samples(protocol: str) -> None:
+    spec = EpisodeSpec("letters", "test", ways=3, shots=1, test_shots=2, seed=4, protocol=protocol)
+    batch = source().batch(spec, range(3))
+    drawn = (batch["test"][0][..., 0] * 255).round().long().reshape(3, 3, 2)
+    assert (drawn == torch.from_numpy(source().classes_of(spec, 3))[:, :, None]).all()
+
+
 def test_reuse_counts_how_often_a_sample_is_drawn() -> None:
     episodes = disjoint(10, 20, ways=5, shots=1, test_shots=3)
     assert episodes.source.reuse(episodes.spec, 50) == pytest.approx(50 * 20 / 200)

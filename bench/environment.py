@@ -1,0 +1,92 @@
+"""What a result may depend on besides the code: versions, the machine, threads, clocks, flags."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from bench.sweep import Sweep
+
+PACKAGES = ("torch", "higher", "numpy", "pandas", "scipy", "seaborn", "fewshot-bench")
+
+
+def environment(sweep: Sweep) -> dict[str, Any]:
+    """What a result may depend on besides the code: versions, machine, threads, seeds."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": git_commit(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "blas": blas(),
+        "clocks": {"wall": clock("perf_counter"), "process": clock("process_time")},
+        "seeds": sweep.seeds,
+        "eval_seed": sweep.eval_seed or 0,
+        "deterministic": deterministic(bool(gpus)),
+    }
+
+
+def blas() -> str:
+    """The library that torch's matrix products on the CPU come from, and its version."""
+    built = torch.__config__.show()
+    name = re.search(r"BLAS_INFO=(\w+)", built)
+    library = re.search(r"(?:Math Kernel Library|OpenBLAS) Version ([\w.]+)", built)
+    return " ".join(found.group(1) for found in (name, library) if found) or "unknown"
+
+
+def clock(name: Literal["perf_counter", "process_time"]) -> str:
+    """What a clock of Python's reads here, and its resolution."""
+    info = time.get_clock_info(name)
+    return f"{info.implementation}, {info.resolution:.0e} s"
+
+
+def deterministic(gpu: bool) -> dict[str, Any]:
+    """Whether the same cell gives the same bits, and torch's flags that bear on it."""
+    flags = {
+        "torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "torch.backends.cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "torch.backends.cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "torch.backends.cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "torch.backends.cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+    }
+    on_gpu = "not to the bit: atomic additions in cuDNN's and index kernels" if gpu else None
+    return {"cpu": True, "cuda": on_gpu, "flags": flags}
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with ``+`` where it has changes; None outside one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from bench.environment import environment
+from bench.sweep import Sweep
+
+
+def test_it_names_what_a_result_may_depend_on() -> None:
+    found = environment(Sweep(devices=["cpu"], seeds=[3, 4]))
+    assert found["seeds"] == [3, 4]
+    assert set(found["packages"]) >= {"torch", "higher", "numpy"}
+    assert found["threads"] >= 1
+    assert found["blas"] != "unknown"
+    assert set(found["clocks"]) == {"wall", "process"}
+    json.dumps(found)
+
+
+def test_it_says_how_torch_is_set() -> None:
+    ask = (
+        "import torch; torch.set_num_threads(1); torch.use_deterministic_algorithms(True);"
+        "from bench.environment import environment; from bench.sweep import Sweep; import json;"
+        "print(json.dumps(environment(Sweep(devices=['cpu']))))"
+    )
+    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    found = json.loads(said.stdout)
+    assert found["threads"] == 1
+    assert found["deterministic"]["flags"]["torch.use_deterministic_algorithms"] is True
+    assert torch.are_deterministic_algorithms_enabled() is False
