@@ -35,7 +35,7 @@ check: venv
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 bench: venv
 	$(BIN)/python -m pytest tests/performance/bench_costs.py --benchmark-only \

@@ -65,6 +65,11 @@ class Algorithm(ABC):
         norm: whose statistics batch normalisation uses; see :mod:`algorithms.normalisation`.
         engine: ``"batched"`` adapts all tasks at once, ``"higher"`` one after another; ``"auto"``
             is batched where the model can be, else higher.
+        checkpoint_inner: keep of each inner step only the weights it starts from and compute it
+            again in the backward pass, so that memory hardly grows with the steps; the batched
+            engine's.
+        tasks_per_pass: adapt at most so many tasks at once, for less memory and the same gradient;
+            None lets the engine choose.
 
     Attributes:
         engine: the engine that runs, ``"batched"`` or ``"higher"``.
@@ -85,7 +90,7 @@ class Algorithm(ABC):
         self,
         model: nn.Module,
         *,
-        inner_lr: float = 0.4,
+        inner_lr: float = 0.1,
         inner_steps: int = 1,
         inner_optimizer: str = "sgd",
         inner_clip: float | None = None,
@@ -93,9 +98,12 @@ class Algorithm(ABC):
         eval_batch: int | None = None,
         norm: str = "transductive",
         engine: str = "auto",
+        checkpoint_inner: bool = False,
+        tasks_per_pass: int | None = None,
     ) -> None:
         _positive(inner_lr=inner_lr, inner_clip=inner_clip)
         _positive(inner_steps=inner_steps, inner_batch=inner_batch, eval_batch=eval_batch)
+        _positive(tasks_per_pass=tasks_per_pass)
         _one_of(OPTIMIZERS, inner_optimizer=inner_optimizer)
         _one_of(MODES, norm=norm)
         _one_of(ENGINES, engine=engine)
@@ -108,11 +116,15 @@ class Algorithm(ABC):
         }
         if not self.meta_parameters:
             raise AlgorithmError("the model has no parameters that require a gradient")
-        self._inner_settings = {
+        self._inner_settings: dict[str, Any] = {
             "lr": inner_lr,
             "optimizer": inner_optimizer,
             "clip": inner_clip,
             "norm": norm,
+        }
+        self._batched_settings: dict[str, Any] = {
+            "checkpoint_inner": checkpoint_inner,
+            "most_tasks": tasks_per_pass,
         }
         self._asked_engine = engine
         self.engine_reason = ""
@@ -124,14 +136,23 @@ class Algorithm(ABC):
             raise AlgorithmError(str(error)) from error
 
     def _run_on(self, engine: str) -> None:
-        loop = BatchedInnerLoop if engine == "batched" else HigherInnerLoop
-        self.inner_loop: InnerLoop = loop(self.model, self.adapted(), **self._inner_settings)
+        shared = self._inner_settings
+        if engine == "batched":
+            settings = shared | self._batched_settings
+            self.inner_loop: InnerLoop = BatchedInnerLoop(self.model, self.adapted(), **settings)
+        elif self._batched_settings["checkpoint_inner"]:
+            raise AlgorithmError("checkpoint_inner needs the batched engine")
+        else:
+            self.inner_loop = HigherInnerLoop(self.model, self.adapted(), **shared)
         self.engine = engine
 
     def _yield_to_higher(self, reason: str) -> None:
         if self._asked_engine != "auto":
             raise AlgorithmError(f"{reason}; engine 'higher' can run it")
-        self._run_on("higher")
+        try:
+            self._run_on("higher")
+        except AlgorithmError as error:
+            raise AlgorithmError(f"{error}: {reason}") from None
         self.engine_reason = reason
 
     # What an algorithm says of itself.

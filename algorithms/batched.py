@@ -9,10 +9,12 @@ functions in the same order; only the tasks are not taken in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from algorithms.batched_layers import (
     FixedPart,
@@ -50,7 +52,14 @@ differentiated twice, may have sixteen times as many."""
 
 
 class BatchedInnerLoop(InnerLoop):
-    """All tasks at once. Takes :class:`InnerLoop`'s arguments.
+    """All tasks at once.
+
+    Args:
+        model, adapted, settings: as for :class:`InnerLoop`.
+        checkpoint_inner: keep of an inner step that is differentiated through only the weights it
+            starts from, and compute it again in the backward pass: memory stops growing with the
+            steps' activations, and time grows (Chen et al. 2016, arXiv 1604.06174).
+        most_tasks: bound on the tasks of a pass; None takes as many as the device computes well.
 
     Raises:
         UnsupportedError: a layer of the model cannot be batched over tasks.
@@ -58,8 +67,18 @@ class BatchedInnerLoop(InnerLoop):
 
     tasks_per_pass = 1
 
-    def __init__(self, model: nn.Module, adapted: Sequence[str], **settings: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapted: Sequence[str],
+        *,
+        checkpoint_inner: bool = False,
+        most_tasks: int | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(model, adapted, **settings)
+        self.checkpoint_inner = checkpoint_inner
+        self.most_tasks = most_tasks
         self._weights = TaskWeights()
         self.norm.model = _batched(self.norm.model, self.parameters, self._weights)
         self._fixed = _fixed_parts(self.norm.model, set(self.adapted), self.norm.statistics)
@@ -68,13 +87,20 @@ class BatchedInnerLoop(InnerLoop):
     def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
         fast = self._initial(len(tasks), create_graph=create_graph)
         rule = _Adam(self.lr) if self.optimizer == "adam" else _SGD(self.lr)
-        self._weights.remember = True
+        recompute = self.checkpoint_inner and create_graph
+        self._weights.remember = not recompute  # what is not kept cannot be shared by steps
         try:
             yield fast
             for step in range(steps):
-                inputs, targets = tasks.support_at(step)
-                losses = task_losses(self.forward(fast, inputs), targets)
-                fast = fast | self._stepped(fast, losses.sum(), rule, create_graph)
+                samples = tasks.support_at(step)
+                if recompute:
+                    fast, rule = checkpoint(
+                        *(self._stepped, fast, rule, *samples, create_graph),
+                        use_reentrant=False,
+                        context_fn=lambda: (nullcontext(), _Recomputing(self.norm.statistics)),
+                    )
+                else:
+                    fast, rule = self._stepped(fast, rule, *samples, create_graph)
                 yield fast
         finally:
             self._weights.remember = False
@@ -99,7 +125,7 @@ class BatchedInnerLoop(InnerLoop):
             query *= support + 1
         elements = PASS_ELEMENTS.get(tasks.support_inputs.device.type, PASS_ELEMENTS["cuda"])
         samples = max(step, -(-query // 16))
-        self.tasks_per_pass = max(1, elements // (samples * self._widest))
+        self.tasks_per_pass = self.most_tasks or max(1, elements // (samples * self._widest))
 
     def _vetted_width(self, tasks: Tasks) -> int:
         """Elements of a sample's widest activation, in a model that is seen to be supported."""
@@ -172,21 +198,38 @@ class BatchedInnerLoop(InnerLoop):
             self._weights.fast = {}
         return outputs.view(tasks, inputs.shape[1], *outputs.shape[1:])
 
-    def _stepped(self, fast: Fast, loss: Tensor, rule: _SGD, create_graph: bool) -> Fast:
+    def _stepped(
+        self, fast: Fast, rule: _SGD, inputs: Tensor, targets: Tensor, create_graph: bool
+    ) -> tuple[Fast, _SGD]:
+        """One step on support samples ``(tasks, n, ...)``: the fast weights and rule after it."""
+        loss = task_losses(self.forward(fast, inputs), targets).sum()
         names = [name for name in self.adapted if fast[name].requires_grad]
         gradients = torch.autograd.grad(
             loss, [fast[name] for name in names], create_graph=create_graph, allow_unused=True
         )
-        stepped: Fast = {}
-        rule.begin()
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                if self.clip is not None:
-                    gradient = gradient.clamp(-self.clip, self.clip)
-                stepped[name] = fast[name] - rule.change(name, gradient)
-                if not create_graph:
-                    stepped[name] = stepped[name].detach().requires_grad_()
-        return stepped
+        given = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
+        if self.clip is not None:
+            given = {name: g.clamp(-self.clip, self.clip) for name, g in given.items()}
+        changes, rule = rule.step(given)
+        stepped = {name: fast[name] - change for name, change in changes.items()}
+        if not create_graph:
+            stepped = {name: value.detach().requires_grad_() for name, value in stepped.items()}
+        return fast | stepped, rule
+
+
+class _Recomputing:
+    """While a step is computed again, nothing is gathered for running averages; may be entered
+    again."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+
+    def __enter__(self) -> None:
+        self.gather = self.statistics.gather
+        self.statistics.gather = False
+
+    def __exit__(self, *raised: object) -> None:
+        self.statistics.gather = self.gather
 
 
 class _SGD:
@@ -195,12 +238,10 @@ class _SGD:
     def __init__(self, lr: float) -> None:
         self.lr = lr
 
-    def begin(self) -> None:
-        """A step begins."""
-
-    def change(self, name: str, gradient: Tensor) -> Tensor:
-        """What a parameter loses in this step."""
-        return self.lr * gradient
+    def step(self, gradients: dict[str, Tensor]) -> tuple[dict[str, Tensor], _SGD]:
+        """What each parameter loses in this step, and the rule of the next: a rule is never
+        changed, so that a step can be computed again."""
+        return {name: self.lr * gradient for name, gradient in gradients.items()}, self
 
 
 class _Adam(_SGD):
@@ -208,26 +249,26 @@ class _Adam(_SGD):
 
     beta2, eps = 0.999, 1e-8
 
-    def __init__(self, lr: float) -> None:
+    def __init__(self, lr: float, steps: int = 0, moments: dict[str, Tensor] | None = None) -> None:
         super().__init__(lr)
-        self.steps = 0
-        self.moments: dict[str, Tensor] = {}
+        self.steps = steps
+        self.moments = moments or {}
 
-    def begin(self) -> None:
-        self.steps += 1
-
-    def change(self, name: str, gradient: Tensor) -> Tensor:
-        moment = (1 - self.beta2) * gradient * gradient
-        if name in self.moments:
-            moment = self.beta2 * self.moments[name] + moment
-        self.moments[name] = moment
-        # At a moment of zero the root has no derivative, and the gradient is zero and stays so:
-        # such elements are constants, as ``higher`` has them.
-        zero = moment == 0
-        root = torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
-        size = self.lr * (1 - self.beta2**self.steps) ** 0.5
-        change: Tensor = size * gradient / (root + self.eps)
-        return change
+    def step(self, gradients: dict[str, Tensor]) -> tuple[dict[str, Tensor], _SGD]:
+        moments = dict(self.moments)
+        size = self.lr * (1 - self.beta2 ** (self.steps + 1)) ** 0.5
+        changes = {}
+        for name, gradient in gradients.items():
+            moment = (1 - self.beta2) * gradient * gradient
+            if name in moments:
+                moment = self.beta2 * moments[name] + moment
+            moments[name] = moment
+            # At a moment of zero the root has no derivative, and the gradient is zero and stays
+            # so: such elements are constants, as ``higher`` has them.
+            zero = moment == 0
+            root = torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
+            changes[name] = size * gradient / (root + self.eps)
+        return changes, _Adam(self.lr, self.steps + 1, moments)
 
 
 def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeights) -> nn.Module:

@@ -21,8 +21,7 @@ class FOMAML(Algorithm):
     """
 
     summary = "the gradient at the adapted parameters (Finn et al. 2017)"
-    # Undifferentiated, MAML's steps are too large: with 0.4 a second step raises the loss.
-    defaults = {"*": {"inner_lr": 0.1}, "sinusoid": MAML.defaults["sinusoid"]}
+    defaults = MAML.defaults
 
     def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:
         fast = self.adapt(tasks, create_graph=False)

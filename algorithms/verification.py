@@ -29,7 +29,8 @@ def verify(
         name: the algorithm's.
         model: left as it is.
         batch: torchmeta's batch; the first two tasks decide.
-        settings: hyperparameters, as for :func:`algorithms.create`; an ``engine`` is ignored.
+        settings: hyperparameters, as for :func:`algorithms.create`; an ``engine`` is ignored, and
+            the reference does not checkpoint.
         engine: the one in question.
 
     Returns:
@@ -44,7 +45,9 @@ def verify(
     for each in (engine, "higher"):
         twin = copy.deepcopy(model).double()
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
-        algorithm = create(name, twin, **{**settings, "engine": each})
+        recompute = each != "higher" and settings.get("checkpoint_inner", False)
+        here = {"engine": each, "checkpoint_inner": recompute}
+        algorithm = create(name, twin, **{**settings, **here})
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
             algorithm.meta_backward(two)

@@ -23,8 +23,7 @@ def test_the_algorithm_in_ten_lines_is_ten_lines_and_equals_the_built_in_one(
     tiny = Path(QUICK[1]).read_text()
     both.write_text(block + "\n\n" + tiny)
     quick = ("--plugin", str(both), *QUICK[2:])
-    asked = ("--algos", "my_fomaml,fomaml", "--inner-lr", "0.1")
-    arguments = ["run", *asked, *quick, "--out", str(tmp_path / "r")]
+    arguments = ["run", "--algos", "my_fomaml,fomaml", *quick, "--out", str(tmp_path / "r")]
     done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=README.parent)
     assert done.returncode == 0
     summary = pd.read_csv(tmp_path / "r" / "summary.csv")

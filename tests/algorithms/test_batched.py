@@ -121,6 +121,56 @@ def test_minibatches_and_clipping_agree(name: str) -> None:
     assert_same_scores(batched.evaluate(batch, 7), higher.evaluate(batch, 7))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("norm", MODES)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_step_that_is_computed_again_is_the_same_step(
+    name: str, norm: str, optimizer: str
+) -> None:
+    settings = {"inner_lr": 0.05, "inner_steps": 4, "inner_optimizer": optimizer, "norm": norm}
+    model, batch = make_model(), derivation.make_batch()
+    kept, again = (
+        algorithms.create(name, copy.deepcopy(model), checkpoint_inner=each, **settings)
+        for each in (False, True)
+    )
+    assert_same_scores(again.meta_backward(batch), kept.meta_backward(batch))
+    assert_same_gradients(again, kept, 1e-14)
+    for found, expected in zip(again.model.buffers(), kept.model.buffers(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_dropout_is_drawn_once_for_a_step_that_is_computed_again() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(7, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    gradients = []
+    for again in (False, True):
+        maml = algorithms.create(
+            "maml", copy.deepcopy(model), inner_steps=3, checkpoint_inner=again
+        )
+        torch.manual_seed(3)
+        maml.meta_backward(make_batch((7,)))
+        gradients.append(torch.cat([p.grad.flatten() for p in maml.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-15)
+
+
+def test_steps_cannot_be_computed_again_by_higher() -> None:
+    with pytest.raises(algorithms.AlgorithmError, match="checkpoint_inner needs the batched"):
+        algorithms.create("maml", make_model(), engine="higher", checkpoint_inner=True)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_gradient_is_the_same_however_many_tasks_a_pass_takes(name: str) -> None:
+    batch = make_batch((7,), tasks=5)
+    model = models.build("fc", (7,), 3, seed=0).double()
+    gradients = []
+    for most in (None, 1, 2):
+        algorithm = algorithms.create(name, copy.deepcopy(model), tasks_per_pass=most)
+        algorithm.meta_backward(batch)
+        gradients.append(torch.cat([p.grad.flatten() for p in algorithm.parameters()]))
+        assert algorithm.inner_loop.tasks_per_pass == most or most is None
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-12, atol=1e-15)
+
+
 class Zoo(nn.Module):
     """One of every other layer that is supported, in a forward of its own."""
 
