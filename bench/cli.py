@@ -127,7 +127,7 @@ def run(
 
     For example: python -m bench run --algos maml,fomaml --shots 1,5
     """
-    from bench import runner
+    from bench import distributed, runner
     from bench.progress import Display, reuse_notes, summary_table
 
     given = {name: value for name, value in locals().items() if value not in (None, False)}
@@ -137,19 +137,23 @@ def run(
     cells = sweep.cells()
     sources = runner.Sources(sweep.data_root, sweep.download)
     console = Console()
-    with console.status("reading the data and checking gradients"):
-        runner.check(cells, sources)
-    if dry_run:
-        with console.status("timing a few steps of each kind of cell"):
-            seconds = runner.estimate_seconds(cells, sources)
-        _print_plan(cells, seconds, console)
-        return
-    folder = out or runner.default_folder(cells)
-    try:
-        summary = runner.run(sweep, cells, sources, folder, Display(console), accept_changed_code)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the same command goes on from here (results in {folder})")
-        raise
+    team = distributed.join()
+    if team.rank:
+        return runner.follow(sources, team)
+    with distributed.led(team):
+        with console.status("reading the data and checking gradients"):
+            runner.check(cells, sources, team.size)
+        if dry_run:
+            with console.status("timing a few steps of each kind of cell"):
+                seconds = runner.estimate_seconds(cells, sources)
+            return _print_plan(cells, seconds, console)
+        folder = out or runner.default_folder(cells)
+        try:
+            display = Display(console)
+            summary = runner.run(sweep, cells, sources, folder, display, accept_changed_code, team)
+        except KeyboardInterrupt:
+            console.print(f"interrupted; the same command goes on from here (results in {folder})")
+            raise
     mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
     console.print(summary_table(mine))
     console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
@@ -280,5 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    print(f"bench: {' '.join(message.split())}", file=sys.stderr)
+    from bench.distributed import leads
+
+    if leads():
+        print(f"bench: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -32,6 +33,7 @@ def environment(sweep: Sweep) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,
         "cuda": torch.version.cuda,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "threads": torch.get_num_threads(),
         "blas": blas(),
         "clocks": {"wall": clock("perf_counter"), "process": clock("process_time")},

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 
 from algorithms import Algorithm, Scores
+from bench.distributed import ALONE, Team
 from bench.errors import CellError
 from datasets import EpisodeSpec, Source
 
@@ -22,6 +23,7 @@ def evaluate(
     episodes: int,
     steps: int,
     advanced: Callable[[int], None] = lambda done: None,
+    team: Team = ALONE,
 ) -> pd.DataFrame:
     """Score an algorithm on the first ``episodes`` episodes of a stream.
 
@@ -32,6 +34,7 @@ def evaluate(
         episodes: how many.
         steps: inner steps.
         advanced: is told how many episodes are done.
+        team: the processes that share the episodes; each gets all the scores.
 
     Returns:
         One row an episode and step, with columns ``episode``, ``step`` (0, 1, ... steps), ``loss``
@@ -40,13 +43,15 @@ def evaluate(
     Raises:
         CellError: a loss that is not finite after the last step.
     """
-    parts: list[Scores] = []
-    for first in range(0, episodes, BATCH):
-        indices = range(first, min(first + BATCH, episodes))
-        parts.append(algorithm.evaluate(source.batch(spec, indices), steps))
-        advanced(indices.stop)
-    loss = torch.cat([part.loss for part in parts]).cpu()
-    metric = torch.cat([part.metric for part in parts]).cpu()
+    parts = [Scores(torch.empty(0, steps + 1), torch.empty(0, steps + 1))]
+    mine = team.part(range(episodes))
+    for first in range(0, len(mine), BATCH):
+        indices = mine[first : first + BATCH]
+        part = algorithm.evaluate(source.batch(spec, indices), steps)
+        parts.append(Scores(part.loss.cpu(), part.metric.cpu()))
+        advanced(min((first + len(indices)) * team.size, episodes))
+    loss = team.joined(torch.cat([part.loss for part in parts]))
+    metric = team.joined(torch.cat([part.metric for part in parts]))
     if not bool(loss[:, -1].isfinite().all()):
         episode = int((~loss[:, -1].isfinite()).nonzero()[0])
         raise CellError(f"the loss is not finite after adapting to episode {episode} of {spec}")

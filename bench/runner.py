@@ -8,7 +8,7 @@ import json
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import datasets
 from algorithms.verification import verify
 from bench import measure, plots, stats
+from bench.distributed import ALONE, Team
 from bench.errors import BenchError, CellError
 from bench.files import write_text
 from bench.progress import Display
@@ -69,7 +70,7 @@ def default_folder(cells: list[Cell]) -> Path:
     return Path("results") / f"run-{digest[:8]}"
 
 
-def check(cells: list[Cell], sources: Sources) -> None:
+def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
     """Find out what cannot work before anything is written.
 
     Raises:
@@ -78,6 +79,11 @@ def check(cells: list[Cell], sources: Sources) -> None:
     for device in {cell.device for cell in cells}:
         check_device(device)
     for cell in cells:
+        if cell.meta_batch < processes:
+            raise BenchError(
+                f"{processes} processes cannot share a meta-batch of {cell.meta_batch} tasks; "
+                f"start fewer, or give --meta-batch {processes}"
+            )
         for spec in (cell.train_spec(0), cell.val_spec, cell.test_spec):
             source = sources.get(cell.dataset, spec.split, "cpu")
             if source is not None:
@@ -135,6 +141,7 @@ def run(
     folder: Path,
     display: Display,
     accept_changed_code: bool = False,
+    team: Team = ALONE,
 ) -> pd.DataFrame:
     """Bring every cell of a sweep to its end.
 
@@ -145,6 +152,7 @@ def run(
         folder: the run's folder; cells that are complete in it are skipped.
         display: is told what happens.
         accept_changed_code: put cells beside such as other source made.
+        team: the processes that train together; this one leads them.
 
     Returns:
         The run's summary.
@@ -165,7 +173,7 @@ def run(
         try:
             for _, group in itertools.groupby(cells, key=lambda cell: cell.setting):
                 todo = [cell for cell in group if cell.id not in known]
-                _run_group(todo, store, source, sweep, sources, display, interrupted)
+                _run_group(todo, store, source, sweep, sources, display, interrupted, team)
         finally:
             display.end()
         summary = store.write_summary()
@@ -181,14 +189,15 @@ def _run_group(
     sources: Sources,
     display: Display,
     interrupted: Interrupted,
+    team: Team,
 ) -> None:
     """Train and evaluate cells that are compared, then measure them side by side."""
     trained: dict[str, dict[str, Any]] = {}
     ready: list[Cell] = []
     for cell in cells:
-        with _failures_noted(cell, store, display):
+        with _failures_noted(cell, store, display, team):
             trained[cell.id] = _train_and_evaluate(
-                cell, store, source, sources, display, interrupted
+                cell, store, source, sources, display, interrupted, team
             )
             ready.append(cell)
     if not ready:
@@ -216,6 +225,7 @@ def _train_and_evaluate(
     sources: Sources,
     display: Display,
     interrupted: Interrupted,
+    team: Team,
 ) -> dict[str, Any]:
     """Make all of a cell but its measurements, in its workplace; returns its figures."""
     workplace = store.workplace(cell)
@@ -228,6 +238,7 @@ def _train_and_evaluate(
     except (OSError, ValueError, KeyError):
         pass
     display.training(cell)
+    team.told(cell)
     algorithm, log = train(
         cell,
         sources.require(cell.dataset, "train", cell.device),
@@ -236,13 +247,16 @@ def _train_and_evaluate(
         source=source,
         report=display.iteration,
         interrupted=interrupted,
+        team=team,
     )
     log.frame().to_parquet(workplace / TRAINING, index=False)
     write_tensors(algorithm.model.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
     test = sources.require(cell.dataset, "test", cell.device)
     display.evaluating(cell)
     scores = evaluate(
-        algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps, display.episode
+        *(algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps),
+        advanced=display.episode,
+        team=team,
     )
     scores.to_parquet(workplace / SCORES, index=False)
     values = after_last_step(scores).to_numpy()
@@ -271,8 +285,23 @@ def _over_classes(values: npt.ArrayLike, classes: npt.NDArray[np.int64] | None) 
         return {}
 
 
+def follow(sources: Sources, team: Team) -> None:
+    """Train and evaluate the cells that the leader names, until it has no more."""
+    with interruptible():  # the leader says when to stop
+        while (cell := team.told(None)) is not None:
+            mine = cell.model_copy(update={"device": team.device(cell.device)})
+            train_source = sources.require(mine.dataset, "train", mine.device)
+            val_source = sources.get(mine.dataset, "val", mine.device)
+            test = sources.require(mine.dataset, "test", mine.device)
+            # What fails in a cell fails in all processes alike; the leader notes it.
+            with suppress(CellError, KeyboardInterrupt):
+                algorithm, _ = train(mine, train_source, val_source, None, team=team)
+                settings = (mine.test_spec, mine.episodes, mine.eval_steps)
+                evaluate(algorithm, test, *settings, team=team)
+
+
 @contextmanager
-def _failures_noted(cell: Cell, store: Run, display: Display) -> Iterator[None]:
+def _failures_noted(cell: Cell, store: Run, display: Display, team: Team) -> Iterator[None]:
     """Record what goes wrong in a cell, so that the others can go on."""
     try:
         yield
@@ -282,6 +311,8 @@ def _failures_noted(cell: Cell, store: Run, display: Display) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         store.fail(cell, traceback.format_exc())
         display.failed(cell, f"{type(error).__name__}: {error}".splitlines()[0])
+        if team.size > 1:  # the others are in the midst of the cell, and cannot go on
+            raise
 
 
 class Interrupted:

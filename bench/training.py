@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import algorithms
 from algorithms import Algorithm, models
+from bench.distributed import ALONE, Team
 from bench.errors import CellError
 from bench.files import whole
 from bench.protocol import after_last_step, evaluate
@@ -72,11 +73,12 @@ def train(
     cell: Cell,
     train_source: Source,
     val_source: Source | None,
-    checkpoint: Path,
+    checkpoint: Path | None,
     *,
     source: str = "",
     report: Callable[[Progress], None] = lambda progress: None,
     interrupted: Callable[[], bool] = lambda: False,
+    team: Team = ALONE,
 ) -> tuple[Algorithm, Log]:
     """Meta-train, from the checkpoint if there is one.
 
@@ -85,10 +87,12 @@ def train(
         train_source: the training split.
         val_source: the validation split, which picks the parameters that are kept; without one
             they are the last. The test split is nowhere in here.
-        checkpoint: written now and then, and when interrupted.
+        checkpoint: written now and then, and when interrupted; a process that follows has none.
         source: a hash of the code; a checkpoint made by other code is not gone on from.
         report: is told of each iteration.
         interrupted: asked after each iteration; True ends in ``KeyboardInterrupt``.
+        team: the processes that train together, each of which calls this; the leader's checkpoint
+            and its answer to ``interrupted`` hold for all.
 
     Returns:
         The algorithm with the parameters that are kept, and the log.
@@ -96,8 +100,11 @@ def train(
     Raises:
         CellError: a loss that is not finite.
     """
-    run = _Training(cell, build(cell, train_source), source)
-    run.restore(checkpoint)
+    run = _Training(cell, build(cell, train_source), source, team)
+    if checkpoint is not None:
+        run.restore(checkpoint)
+    if team.size > 1:
+        run.load(team.told(run.tensors()))
     spec = cell.train_spec(stream_seed("training episodes", cell.seed))
     batches = EpisodeLoader(train_source, spec, cell.meta_batch)
     every = validation_interval(cell)
@@ -109,13 +116,15 @@ def train(
         ):
             progress.validation = run.validate(val_source, iteration)
         report(progress)
-        stop = interrupted()
-        if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+        stop = team.told(interrupted())
+        due = stop or time.monotonic() - saved > CHECKPOINT_SECONDS
+        if checkpoint is not None and due:
             run.save(checkpoint)
             saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
-    run.save(checkpoint)
+    if checkpoint is not None:
+        run.save(checkpoint)
     if run.best:
         run.algorithm.model.load_state_dict(run.best)
     return run.algorithm, run.log
@@ -124,8 +133,9 @@ def train(
 class _Training:
     """The state of a training: all that a checkpoint holds."""
 
-    def __init__(self, cell: Cell, algorithm: Algorithm, source: str) -> None:
+    def __init__(self, cell: Cell, algorithm: Algorithm, source: str, team: Team) -> None:
         self.cell = cell
+        self.team = team
         self.source = source
         self.algorithm = algorithm
         self.log = Log()
@@ -135,18 +145,23 @@ class _Training:
 
     def step(self, batches: EpisodeLoader, iteration: int) -> Progress:
         """One meta-step: the outer optimizer on the meta-gradient of one batch."""
-        cell = self.cell
+        cell, team = self.cell, self.team
         # What an algorithm draws itself (mini-batches, dropout) is a function of the iteration, so
-        # that a training that was interrupted draws the same.
-        torch.manual_seed(stream_seed("meta-step", cell.seed, iteration))
+        # that a training that was interrupted draws the same; each process draws for its own tasks.
+        member = (team.rank,) if team.rank else ()
+        torch.manual_seed(stream_seed("meta-step", cell.seed, iteration, *member))
         began = time.perf_counter()
-        scores = self.algorithm.meta_backward(batches[iteration])
+        first = iteration * cell.meta_batch
+        mine = team.part(range(first, first + cell.meta_batch))
+        scores = self.algorithm.meta_backward(batches.source.batch(batches.spec, mine))
+        share = len(mine) / cell.meta_batch
+        team.average(self.algorithm.model, self.algorithm.parameters(), share)
         if cell.meta_clip is not None:
             nn.utils.clip_grad_value_(self.algorithm.parameters(), cell.meta_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = meta_lr(cell, iteration)
         self.optimizer.step()
-        loss, metric = float(scores.loss.mean()), float(scores.metric.mean())
+        loss, metric = (float(team.joined(part).mean()) for part in (scores.loss, scores.metric))
         self.log.loss.append(loss)
         self.log.metric.append(metric)
         self.log.seconds.append(time.perf_counter() - began)
@@ -157,7 +172,14 @@ class _Training:
     def validate(self, source: Source, iteration: int) -> float:
         """Score on validation episodes, and keep the parameters if they are the best so far."""
         cell = self.cell
-        scores = evaluate(self.algorithm, source, cell.val_spec, cell.val_episodes, cell.eval_steps)
+        scores = evaluate(
+            self.algorithm,
+            source,
+            cell.val_spec,
+            cell.val_episodes,
+            cell.eval_steps,
+            team=self.team,
+        )
         metric = float(after_last_step(scores).mean())
         better = max if source.outputs is None else min
         if not self.log.val_metric or better(metric, *self.log.val_metric) == metric:
@@ -168,6 +190,10 @@ class _Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
+        write_tensors(self.tensors(), path, cell=self.cell.id, source=self.source)
+
+    def tensors(self) -> State:
+        """All of the state, on the CPU."""
         tensors: State = {}
         for name, value in self.algorithm.model.state_dict().items():
             tensors[f"model/{name}"] = value
@@ -178,7 +204,7 @@ class _Training:
                 tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
         for name, values in vars(self.log).items():
             tensors[f"log/{name}"] = torch.tensor(values, dtype=torch.float64)
-        write_tensors(tensors, path, cell=self.cell.id, source=self.source)
+        return {name: value.detach().cpu() for name, value in tensors.items()}
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint; one that cannot be read counts as none."""
@@ -186,6 +212,10 @@ class _Training:
             tensors = read_tensors(path, cell=self.cell.id, source=self.source)
         except (OSError, SafetensorError, ValueError):
             return
+        self.load(tensors)
+
+    def load(self, tensors: State) -> None:
+        """Take up a state."""
         parts: dict[str, State] = {"model": {}, "best": {}, "optimizer": {}, "log": {}}
         for key, value in tensors.items():
             part, name = key.split("/", 1)

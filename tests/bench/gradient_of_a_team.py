@@ -1,0 +1,23 @@
+"""Run by ``torchrun``: the meta-gradient of one batch, shared by the processes, to a file."""
+
+import sys
+
+import torch
+
+import algorithms
+from bench.distributed import join
+from tests.algorithms import derivation
+
+name, norm, target = sys.argv[1:]
+team = join()
+torch.manual_seed(1)
+model = derivation.Net().double()
+algorithm = algorithms.create(name, model, inner_lr=0.3, inner_steps=2, norm=norm)
+batch = derivation.make_batch(tasks=5)
+mine = list(team.part(range(5)))
+algorithm.meta_backward({half: [part[mine] for part in pair] for half, pair in batch.items()})
+team.average(model, algorithm.parameters(), len(mine) / 5)
+if team.rank == 0:
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    torch.save(gradients | dict(model.named_buffers()), target)
+team.dismiss()

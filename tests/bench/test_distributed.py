@@ -1,0 +1,87 @@
+"""Processes that share a training do what one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from bench.distributed import ALONE, Team
+from bench.store import Run
+from tests.bench.conftest import QUICK
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(processes: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 3), (5, 2), (2, 4), (1, 1)])
+def test_the_parts_of_all_are_the_whole_in_order(count: int, size: int) -> None:
+    parts = []
+    for rank in range(size):
+        team = Team()
+        team.rank, team.size = rank, size
+        parts += team.part(range(10, 10 + count))
+    assert parts == list(range(10, 10 + count))
+
+
+def test_one_process_is_a_team(tmp_path: Path) -> None:
+    assert ALONE.part(range(3, 7)) == range(3, 7)
+    assert ALONE.told("word") == "word"
+
+
+@pytest.mark.parametrize(("name", "norm"), [("maml", "running"), ("anil", "transductive")])
+def test_two_processes_have_the_gradient_of_one(name: str, norm: str, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        target = tmp_path / f"{processes}.pt"
+        script = str(Path(__file__).with_name("gradient_of_a_team.py"))
+        done = start(processes, script, name, norm, str(target), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.load(target, weights_only=True))
+    for one, two in zip(found[0].values(), found[1].values(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-14)
+
+
+def test_a_sweep_by_two_processes_equals_that_by_one_and_ends_once(tmp_path: Path) -> None:
+    sweep = ("-m", "bench", "run", "--algos", "maml,diverging", *QUICK, "--meta-batch", "3")
+    for processes in (1, 2):
+        done = start(processes, *sweep, "--out", f"by-{processes}", cwd=tmp_path)
+        assert "the loss is nan at iteration 1" in done.stdout
+        assert done.stdout.count("± is the 95% interval") == 1
+    one, two = (Run(tmp_path / f"by-{n}") for n in (1, 2))
+    (cell,) = (record.cell for record in one.records())
+    assert [record.cell for record in two.records()] == [cell]
+    losses = [
+        pd.read_parquet(run.cells / cell.id / "training.parquet")["loss"] for run in (one, two)
+    ]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-6)
+    # Rounding can put a sample on the other side of a kink, and its episode with it.
+    here, there = (run.scores(cell)["loss"] for run in (one, two))
+    assert ((here - there).abs() < 1e-3).mean() > 0.8
+
+
+def test_what_processes_cannot_share_is_said_once(tmp_path: Path) -> None:
+    sweep = ("-m", "bench", "run", "--algos", "maml", *QUICK, "--meta-batch", "1")
+    done = start(2, *sweep, cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if line.startswith("bench:")]
+    assert said == [
+        "bench: 2 processes cannot share a meta-batch of 1 tasks; start fewer, or give "
+        "--meta-batch 2"
+    ]
+    assert not (tmp_path / "results").exists()
