@@ -25,8 +25,7 @@ from algorithms.batched_layers import (
     TaskLinear,
     TaskWeights,
 )
-from algorithms.inner_loop import Fast, InnerLoop, Tasks, UnsupportedError
-from algorithms.losses import task_losses
+from algorithms.inner_loop import Fast, InnerLoop, Rate, Tasks, UnsupportedError
 from algorithms.normalisation import EpisodicBatchNorm, Statistics
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskLayer]] = {
@@ -65,16 +64,18 @@ class BatchedInnerLoop(InnerLoop):
         self._fixed = _fixed_parts(self.norm.model, set(self.adapted), self.norm.statistics)
         self._widest = 0
 
-    def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
-        fast = self._initial(len(tasks), create_graph=create_graph)
-        rule = _Adam(self.lr) if self.optimizer == "adam" else _SGD(self.lr)
+    def trajectory(
+        self, tasks: Tasks, steps: int, *, create_graph: bool, first_order: bool = False
+    ) -> Iterator[Fast]:
+        theta = fast = self.initial(len(tasks), create_graph=create_graph)
+        rule = _Adam(self.rate) if self.optimizer == "adam" else _SGD(self.rate)
         self._weights.remember = True
         try:
             yield fast
             for step in range(steps):
-                inputs, targets = tasks.support_at(step)
-                losses = task_losses(self.forward(fast, inputs), targets)
-                fast = fast | self._stepped(fast, losses.sum(), rule, create_graph)
+                loss = self.descended(fast, theta, tasks, step)
+                gradients = self._gradients(fast, loss, create_graph and not first_order)
+                fast = fast | self._stepped(fast, gradients, rule, create_graph)
                 yield fast
         finally:
             self._weights.remember = False
@@ -143,13 +144,12 @@ class BatchedInnerLoop(InnerLoop):
         model.eval()
         statistics.gather = False
         try:
-            return self.forward(self._initial(len(inputs), create_graph=False), inputs)
+            return self.forward(self.initial(len(inputs), create_graph=False), inputs)
         finally:
             model.train(training)
             statistics.gather = gather
 
-    def _initial(self, tasks: int, *, create_graph: bool) -> Fast:
-        """theta for every task."""
+    def initial(self, tasks: int, *, create_graph: bool) -> Fast:
         fast: Fast = {}
         for name, value in self.parameters.items():
             shared = value if create_graph else value.detach()
@@ -172,35 +172,42 @@ class BatchedInnerLoop(InnerLoop):
             self._weights.fast = {}
         return outputs.view(tasks, inputs.shape[1], *outputs.shape[1:])
 
-    def _stepped(self, fast: Fast, loss: Tensor, rule: _SGD, create_graph: bool) -> Fast:
+    def _gradients(self, fast: Fast, loss: Tensor, create_graph: bool) -> Fast:
         names = [name for name in self.adapted if fast[name].requires_grad]
         gradients = torch.autograd.grad(
             loss, [fast[name] for name in names], create_graph=create_graph, allow_unused=True
         )
+        found = zip(names, gradients, strict=True)
+        return {name: self.clipped(gradient) for name, gradient in found if gradient is not None}
+
+    def _stepped(self, fast: Fast, gradients: Fast, rule: _SGD, create_graph: bool) -> Fast:
         stepped: Fast = {}
         rule.begin()
-        for name, gradient in zip(names, gradients, strict=True):
-            if gradient is not None:
-                if self.clip is not None:
-                    gradient = gradient.clamp(-self.clip, self.clip)
-                stepped[name] = fast[name] - rule.change(name, gradient)
-                if not create_graph:
-                    stepped[name] = stepped[name].detach().requires_grad_()
+        for name, gradient in gradients.items():
+            stepped[name] = fast[name] - rule.change(name, gradient)
+            if not create_graph:
+                stepped[name] = stepped[name].detach().requires_grad_()
         return stepped
 
 
 class _SGD:
-    """Gradient descent."""
+    """Gradient descent.
 
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
+    Args:
+        rate: step size of each parameter in each step.
+    """
+
+    def __init__(self, rate: Rate) -> None:
+        self.rate = rate
+        self.steps = 0
 
     def begin(self) -> None:
         """A step begins."""
+        self.steps += 1
 
     def change(self, name: str, gradient: Tensor) -> Tensor:
         """What a parameter loses in this step."""
-        return self.lr * gradient
+        return self.rate(name, self.steps - 1) * gradient
 
 
 class _Adam(_SGD):
@@ -208,13 +215,9 @@ class _Adam(_SGD):
 
     beta2, eps = 0.999, 1e-8
 
-    def __init__(self, lr: float) -> None:
-        super().__init__(lr)
-        self.steps = 0
+    def __init__(self, rate: Rate) -> None:
+        super().__init__(rate)
         self.moments: dict[str, Tensor] = {}
-
-    def begin(self) -> None:
-        self.steps += 1
 
     def change(self, name: str, gradient: Tensor) -> Tensor:
         moment = (1 - self.beta2) * gradient * gradient
@@ -225,7 +228,7 @@ class _Adam(_SGD):
         # such elements are constants, as ``higher`` has them.
         zero = moment == 0
         root = torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
-        size = self.lr * (1 - self.beta2**self.steps) ** 0.5
+        size = self.rate(name, self.steps - 1) * (1 - self.beta2**self.steps) ** 0.5
         change: Tensor = size * gradient / (root + self.eps)
         return change
 

@@ -117,7 +117,7 @@ def train(
             raise KeyboardInterrupt
     run.save(checkpoint)
     if run.best:
-        run.algorithm.model.load_state_dict(run.best)
+        run.algorithm.load_state_dict(run.best)
     return run.algorithm, run.log
 
 
@@ -131,7 +131,9 @@ class _Training:
         self.log = Log()
         self.best: State = {}
         kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-        self.optimizer = kinds[cell.meta_optimizer](algorithm.parameters(), lr=cell.meta_lr)
+        # A group, since a list may not be empty, and nothing may be there to learn.
+        learned = [{"params": algorithm.parameters()}]
+        self.optimizer = kinds[cell.meta_optimizer](learned, lr=cell.meta_lr)
 
     def step(self, batches: EpisodeLoader, iteration: int) -> Progress:
         """One meta-step: the outer optimizer on the meta-gradient of one batch."""
@@ -140,6 +142,7 @@ class _Training:
         # that a training that was interrupted draws the same.
         torch.manual_seed(stream_seed("meta-step", cell.seed, iteration))
         began = time.perf_counter()
+        self.algorithm.progress = iteration / cell.iterations
         scores = self.algorithm.meta_backward(batches[iteration])
         if cell.meta_clip is not None:
             nn.utils.clip_grad_value_(self.algorithm.parameters(), cell.meta_clip)
@@ -161,7 +164,7 @@ class _Training:
         metric = float(after_last_step(scores).mean())
         better = max if source.outputs is None else min
         if not self.log.val_metric or better(metric, *self.log.val_metric) == metric:
-            self.best = {n: v.clone() for n, v in self.algorithm.model.state_dict().items()}
+            self.best = {n: v.clone() for n, v in self.algorithm.state_dict().items()}
         self.log.val_iteration.append(iteration + 1)
         self.log.val_metric.append(metric)
         return metric
@@ -169,7 +172,7 @@ class _Training:
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
         tensors: State = {}
-        for name, value in self.algorithm.model.state_dict().items():
+        for name, value in self.algorithm.state_dict().items():
             tensors[f"model/{name}"] = value
         for name, value in self.best.items():
             tensors[f"best/{name}"] = value
@@ -190,7 +193,7 @@ class _Training:
         for key, value in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = value
-        self.algorithm.model.load_state_dict(parts["model"])
+        self.algorithm.load_state_dict(parts["model"])
         self.best = {n: v.to(self.cell.device) for n, v in parts["best"].items()}
         states: dict[int, State] = {}
         for key, value in parts["optimizer"].items():
