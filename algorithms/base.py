@@ -75,6 +75,8 @@ class Algorithm(ABC):
         beside: what is meta-learned beside the network's parameters, by name.
         progress: share of the meta-training that is done, from 0 to 1; a training loop sets it for
             algorithms that anneal, to which 1, its value otherwise, means the end.
+        proximal: lambda of :class:`algorithms.inner_loop.InnerLoop`: how strongly the inner steps
+            are held to where they began.
         engine: the engine that runs, ``"batched"`` or ``"higher"``.
         engine_reason: why ``"auto"`` came to ``"higher"``, in one line; else empty.
 
@@ -89,6 +91,7 @@ class Algorithm(ABC):
     """Settings that suit the algorithm, by dataset; those under ``"*"`` hold for every dataset.
     Hyperparameters of the class, and of its outer loop (``meta_lr``, ``meta_optimizer``, ...)."""
     progress: float = 1.0
+    proximal: float = 0.0
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class Algorithm(ABC):
             "rate": self.rate,
             "optimizer": inner_optimizer,
             "clip": inner_clip,
+            "proximal": self.proximal,
             "norm": norm,
         }
         self._asked_engine = engine

@@ -8,6 +8,7 @@ written out, its tasks looped over, its derivatives by ``torch.autograd`` alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def outputs(p: Parameters, x: Tensor, counted: int | None = None) -> Tensor:
 
 
 def query_outputs(
-    p: Parameters, support: Tensor, query: Tensor, norm: str, network: Network = outputs
+    p: Any, support: Tensor, query: Tensor, norm: str, network: Network = outputs
 ) -> Tensor:
     if norm in ("transductive", "running"):  # running averages serve evaluation only
         return network(p, query)
@@ -167,6 +168,90 @@ def rated_gradient(
     split = len(theta)
     by_theta = dict(zip(theta, found[:split], strict=True))
     return by_theta, dict(zip(rates, found[split:], strict=True))
+
+
+def implicit_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    strength: float,
+    norm: str,
+    fixed: tuple[str, ...] = (),
+) -> Parameters:
+    """Implicit MAML's (Rajeswaran et al. 2019, equation 6) by a dense solve, task by task: with
+    H the Hessian of the support loss at the end of the inner steps, (I + H / lambda)^-1 times the
+    gradient of the query loss there. Parameters in ``fixed`` do not adapt; by the implicit function
+    theorem theirs is the direct gradient less the mixed derivatives times that over lambda."""
+    theta = {n: v.detach().clone() for n, v in model.named_parameters()}
+    sizes = [v.numel() for v in theta.values()]
+    start = torch.cat([v.flatten() for v in theta.values()])
+    adapts = torch.cat([torch.full((v.numel(),), n not in fixed) for n, v in theta.items()])
+
+    def named(vector: Tensor) -> Parameters:
+        parts = vector.split(sizes)
+        return {n: p.view(v.shape) for (n, v), p in zip(theta.items(), parts, strict=True)}
+
+    total = torch.zeros_like(start)
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((x[i], y[i]) for x, y in (batch["train"], batch["test"]))
+
+        def support_loss(vector: Tensor, xs: Tensor = xs, ys: Tensor = ys) -> Tensor:
+            return F.cross_entropy(outputs(named(vector), xs), ys)
+
+        phi = start
+        for _ in range(steps):
+            gradient = torch.func.grad(support_loss)(phi) + strength * (phi - start)
+            phi = phi - lr * gradient * adapts
+        at = phi.clone().requires_grad_()
+        query_loss = F.cross_entropy(query_outputs(named(at), xs, xq, norm), yq)
+        (direct,) = torch.autograd.grad(query_loss, at)
+        hessian = torch.autograd.functional.hessian(support_loss, phi)
+        inner = hessian[adapts][:, adapts]
+        solved = torch.linalg.solve(
+            torch.eye(len(inner)).to(inner) + inner / strength, direct[adapts]
+        )
+        total[adapts] += solved
+        total[~adapts] += direct[~adapts] - hessian[~adapts][:, adapts] @ solved / strength
+    return named(total / len(batch["train"][0]))
+
+
+def context_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    film: Parameters,
+    *,
+    steps: int,
+    lr: float,
+    norm: str,
+) -> tuple[Parameters, Parameters]:
+    """CAVIA's (Zintgraf et al. 2019, equations 2 and 3), with the context's linear scale and shift
+    on the first block's channels before its tanh; by the model's parameters and by the film's."""
+    theta = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
+    film = {n: v.clone().requires_grad_() for n, v in film.items()}
+
+    def network(context: Tensor, x: Tensor, counted: int | None = None) -> Tensor:
+        made = film["weight"] @ context + film["bias"]
+        scale, shift = made[:4].view(1, 4, 1, 1), made[4:].view(1, 4, 1, 1)
+        x = F.conv2d(x, theta["conv1.weight"], None, 2, 1)
+        x = torch.tanh((1 + scale) * normalise(x, x[:counted], theta, "norm1") + shift)
+        x = F.conv2d(x, theta["conv2.weight"], None, 2, 1)
+        x = torch.tanh(normalise(x, x[:counted], theta, "norm2"))
+        return x.flatten(1) @ theta["head.weight"].T + theta["head.bias"]
+
+    losses = []
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((x[i], y[i]) for x, y in (batch["train"], batch["test"]))
+        context = torch.zeros(film["weight"].shape[1]).to(xs).requires_grad_()
+        for _ in range(steps):
+            loss = F.cross_entropy(network(context, xs), ys)
+            context = context - lr * torch.autograd.grad(loss, context, create_graph=True)[0]
+        losses.append(F.cross_entropy(query_outputs(context, xs, xq, norm, network), yq))
+    found = torch.autograd.grad(torch.stack(losses).mean(), [*theta.values(), *film.values()])
+    split = len(theta)
+    by_theta = dict(zip(theta, found[:split], strict=True))
+    return by_theta, dict(zip(film, found[split:], strict=True))
 
 
 def prototype_gradient(

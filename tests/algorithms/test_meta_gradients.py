@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import algorithms
+from algorithms.imaml import conjugate_gradient
 from algorithms.normalisation import MODES
 from tests.algorithms import derivation
 
@@ -235,3 +236,62 @@ def test_steps_beyond_the_learned_ones_take_the_last_ones_rate() -> None:
     algorithm = algorithms.create("maml_pp", make_model(), inner_lr=LR, inner_steps=1)
     expected = algorithms.create("maml", make_model(), inner_lr=LR).evaluate(batch, 4)
     assert torch.allclose(algorithm.evaluate(batch, 4).loss, expected.loss, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("norm", "fixed"),
+    [("transductive", ()), ("single", ()), ("support", ("norm1.bias", "norm2.bias"))],
+)
+def test_imamls_gradient_comes_to_that_of_a_dense_solve(norm: str, fixed: tuple) -> None:
+    # A smaller lambda leaves I + H / lambda indefinite here: batch norm curves the loss both ways.
+    model, batch = make_model(), derivation.make_batch(tasks=2)
+    model.outer_only = frozenset(fixed)
+    expected = derivation.implicit_gradient(
+        model, batch, steps=2, lr=0.005, strength=100.0, norm=norm, fixed=fixed
+    )
+    settings = {"inner_lr": 0.005, "inner_steps": 2, "proximal": 100.0, "norm": norm}
+    for engine in ENGINES:
+        errors = []
+        for cg_steps in (1, 3, 50):
+            imaml = algorithms.create("imaml", model, cg_steps=cg_steps, engine=engine, **settings)
+            imaml.meta_backward(batch)
+            errors.append(relative_error(gradients(model), expected))
+        assert errors[0] > 3 * errors[1] > 0
+        assert errors[2] < 1e-10
+
+
+def test_conjugate_gradient_solves_each_task_and_stops_where_it_cannot() -> None:
+    torch.manual_seed(0)
+    root = torch.randn(2, 5, 5, dtype=torch.float64)
+    matrices = torch.cat([root @ root.mT + torch.eye(5), -torch.eye(5).expand(1, 5, 5)])
+    target = torch.randn(3, 5, dtype=torch.float64)
+    target[1] = 0
+
+    def product(vector: list) -> list:
+        whole = torch.cat([part.flatten(1) for part in vector], 1)
+        moved = (matrices @ whole.unsqueeze(2)).squeeze(2)
+        return [moved[:, :2], moved[:, 2:].view(3, 3, 1)]
+
+    parts = [target[:, :2], target[:, 2:].view(3, 3, 1)]
+    solved = torch.cat([part.flatten(1) for part in conjugate_gradient(product, parts, 9)], 1)
+    assert torch.allclose(solved[0], torch.linalg.solve(matrices[0], target[0]), rtol=1e-10)
+    assert torch.equal(solved[1], target[1])
+    assert torch.equal(solved[2], target[2])  # not convex: b itself
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("norm", MODES)
+def test_cavias_gradient_equals_the_derivation(norm: str, steps: int, engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "inner_steps": steps, "norm": norm, "engine": engine}
+    cavia = algorithms.create("cavia", model, contexts=7, **settings)
+    away_from_their_start(cavia.beside)
+    film = {n: cavia.beside[f"film.{n}"].detach() for n in ("weight", "bias")}
+    expected, by_film = derivation.context_gradient(
+        model, batch, film, steps=steps, lr=LR, norm=norm
+    )
+    cavia.meta_backward(batch)
+    assert relative_error(gradients(model), expected) < 1e-10
+    found = {n: cavia.beside[f"film.{n}"].grad for n in film}
+    assert relative_error(found, by_film) < 1e-10
