@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
@@ -48,8 +49,10 @@ class Scores:
 class Algorithm(ABC):
     """A meta-learning algorithm over any model, written against the inner loop alone.
 
-    A subclass says what its meta-gradient is (:meth:`meta_gradient`) and, where that is not all of
-    them, which parameters adapt (:meth:`adapted`).
+    A subclass says what its meta-gradient is (:meth:`meta_gradient`) and, where it differs, which
+    parameters adapt (:meth:`adapted`), by what steps (:meth:`rate`), in what network
+    (:meth:`made_network`), and how it predicts (:meth:`predictions`). The keyword arguments of its
+    ``__init__`` are its hyperparameters; those of this class are too if it takes ``**settings``.
 
     Args:
         model: any ``nn.Module``; its parameters that require a gradient are the meta-parameters,
@@ -72,6 +75,13 @@ class Algorithm(ABC):
             None lets the engine choose.
 
     Attributes:
+        network: what the inner loop runs: the model, or a structure over its parameters.
+        meta_parameters: the network's parameters that are meta-learned, by name.
+        beside: what is meta-learned beside the network's parameters, by name.
+        progress: share of the meta-training that is done, from 0 to 1; a training loop sets it for
+            algorithms that anneal, to which 1, its value otherwise, means the end.
+        proximal: lambda of :class:`algorithms.inner_loop.InnerLoop`: how strongly the inner steps
+            are held to where they began.
         engine: the engine that runs, ``"batched"`` or ``"higher"``.
         engine_reason: why ``"auto"`` came to ``"higher"``, in one line; else empty.
 
@@ -85,6 +95,8 @@ class Algorithm(ABC):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that suit the algorithm, by dataset; those under ``"*"`` hold for every dataset.
     Hyperparameters of the class, and of its outer loop (``meta_lr``, ``meta_optimizer``, ...)."""
+    progress: float = 1.0
+    proximal: float = 0.0
 
     def __init__(
         self,
@@ -108,18 +120,22 @@ class Algorithm(ABC):
         _one_of(MODES, norm=norm)
         _one_of(ENGINES, engine=engine)
         self.model = model
+        self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.inner_batch = inner_batch
         self.eval_batch = eval_batch
-        self.meta_parameters: dict[str, nn.Parameter] = {
-            name: value for name, value in model.named_parameters() if value.requires_grad
-        }
-        if not self.meta_parameters:
+        if not any(value.requires_grad for value in model.parameters()):
             raise AlgorithmError("the model has no parameters that require a gradient")
+        self.network = self.made_network()
+        self.meta_parameters: dict[str, nn.Parameter] = {
+            name: value for name, value in self.network.named_parameters() if value.requires_grad
+        }
+        self.beside: dict[str, nn.Parameter] = {}
         self._inner_settings: dict[str, Any] = {
-            "lr": inner_lr,
+            "rate": self.rate,
             "optimizer": inner_optimizer,
             "clip": inner_clip,
+            "proximal": self.proximal,
             "norm": norm,
         }
         self._batched_settings: dict[str, Any] = {
@@ -139,11 +155,11 @@ class Algorithm(ABC):
         shared = self._inner_settings
         if engine == "batched":
             settings = shared | self._batched_settings
-            self.inner_loop: InnerLoop = BatchedInnerLoop(self.model, self.adapted(), **settings)
+            self.inner_loop: InnerLoop = BatchedInnerLoop(self.network, self.adapted(), **settings)
         elif self._batched_settings["checkpoint_inner"]:
             raise AlgorithmError("checkpoint_inner needs the batched engine")
         else:
-            self.inner_loop = HigherInnerLoop(self.model, self.adapted(), **shared)
+            self.inner_loop = HigherInnerLoop(self.network, self.adapted(), **shared)
         self.engine = engine
 
     def _yield_to_higher(self, reason: str) -> None:
@@ -168,8 +184,31 @@ class Algorithm(ABC):
 
     def adapted(self) -> list[str]:
         """Names of the parameters that the inner loop changes: all, unless a subclass differs."""
-        outer_only = getattr(self.model, "outer_only", ())
+        outer_only = getattr(self.network, "outer_only", ())
         return [name for name in self.meta_parameters if name not in outer_only]
+
+    def rate(self, name: str, step: int) -> float | Tensor:
+        """Step size of a parameter in an inner step (from 0): alpha, unless a subclass differs; a
+        tensor that broadcasts over the parameter may be one of :attr:`beside`."""
+        return self.inner_lr
+
+    def made_network(self) -> nn.Module:
+        """What the inner loop runs: the model, unless a subclass differs; called once."""
+        return self.model
+
+    def predictions(self, tasks: Tasks, steps: int) -> Iterator[Tensor]:
+        """Outputs for the query sets ``(tasks, m, out)`` after 0, 1, ... ``steps`` inner steps,
+        without a graph."""
+        for fast in self.inner_loop.trajectory(tasks, steps, create_graph=False):
+            with torch.no_grad():
+                outputs = self.inner_loop.query(fast, tasks)
+            yield outputs
+
+    @classmethod
+    def gradients_per_task(cls, settings: Mapping[str, Any]) -> int:
+        """Gradients that a meta-step evaluates for a task, with these hyperparameters: one an inner
+        step and one on the query set, unless a subclass differs."""
+        return int(settings.get("inner_steps", 0)) + 1
 
     # What it is written with.
 
@@ -187,7 +226,22 @@ class Algorithm(ABC):
 
     def parameters(self) -> list[nn.Parameter]:
         """The meta-parameters, for an outer optimizer."""
-        return list(self.meta_parameters.values())
+        return [*self.meta_parameters.values(), *self.beside.values()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that meta-training changes: the model's state, and :attr:`beside` under names that
+        begin with the algorithm's."""
+        return self.model.state_dict() | self._beside_state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Bring back what :meth:`state_dict` gave."""
+        beside = self._beside_state()
+        self.model.load_state_dict({n: v for n, v in state.items() if n not in beside})
+        for name, value in beside.items():
+            value.copy_(state[name])
+
+    def _beside_state(self) -> dict[str, Tensor]:
+        return {f"{self.name}/{name}": value.detach() for name, value in self.beside.items()}
 
     def meta_backward(self, batch: Batch) -> Scores:
         """Set ``.grad`` of each meta-parameter to the meta-gradient: the mean over the tasks.
@@ -235,10 +289,7 @@ class Algorithm(ABC):
         self.inner_loop.train(False)
         for part in tasks.split(self.inner_loop.tasks_per_pass):
             with torch.enable_grad():
-                after_steps = []
-                for fast in self.inner_loop.trajectory(part, steps, create_graph=False):
-                    with torch.no_grad():
-                        after_steps.append(_scores(self.inner_loop.query(fast, part), part))
+                after_steps = [_scores(outputs, part) for outputs in self.predictions(part, steps)]
             parts.append(_merged(torch.stack, after_steps, dim=1))
         return _merged(torch.cat, parts)
 
@@ -251,7 +302,7 @@ class Algorithm(ABC):
     def _tasks(
         self, batch: Batch, size: int | None, steps: int, generator: torch.Generator | None = None
     ) -> Tasks:
-        tasks = Tasks.of(batch, like=next(iter(self.meta_parameters.values())))
+        tasks = Tasks.of(batch, like=next(self.model.parameters()))
         support = tasks.support_inputs.shape[1]
         if size is None or size >= support:
             return tasks
@@ -265,13 +316,27 @@ class Algorithm(ABC):
         return replace(tasks, minibatches=drawn.to(tasks.support_inputs.device))
 
 
-def head_names(model: nn.Module) -> list[str]:
-    """Names of the head's parameters: of ``model.head``, or of the last module with parameters."""
+def head_of(model: nn.Module) -> nn.Module:
+    """The head: ``model.head``, or else the last module with parameters."""
     head = getattr(model, "head", None)
     if not isinstance(head, nn.Module):
         head = [m for m in model.modules() if list(m.parameters(recurse=False))][-1]
-    inside = {id(parameter) for parameter in head.parameters()}
+    return head
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the head's parameters."""
+    inside = {id(parameter) for parameter in head_of(model).parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
+
+
+def replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """A copy of a model's structure, over its parameters and buffers, with a module replaced."""
+    if model is old:
+        return new
+    # What is known to deepcopy as copied already stays what it is.
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, {**shared, id(old): new})
 
 
 def _scores(outputs: Tensor, tasks: Tasks) -> Scores:
@@ -353,13 +418,16 @@ def get(name: str) -> type[Algorithm]:
 
 
 def hyperparameters(algorithm: type[Algorithm]) -> dict[str, Any]:
-    """The hyperparameters that a class takes, with the values it gives them itself."""
+    """The hyperparameters that a class takes, with the values it gives them itself: the keyword
+    arguments of its ``__init__``, and of its ancestors' as long as ``**settings`` go on to them."""
     found: dict[str, Any] = {}
-    for ancestor in reversed(algorithm.__mro__):
-        if "__init__" in vars(ancestor) and ancestor is not object:
-            for name, parameter in inspect.signature(ancestor).parameters.items():
-                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                    found[name] = parameter.default
+    for ancestor in algorithm.__mro__:
+        if "__init__" in vars(ancestor):
+            taken = inspect.signature(ancestor).parameters.values()
+            own = {p.name: p.default for p in taken if p.kind is inspect.Parameter.KEYWORD_ONLY}
+            found = own | found
+            if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in taken):
+                break
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ from algorithms.batched_layers import (
     TaskLinear,
     TaskWeights,
 )
-from algorithms.inner_loop import Fast, InnerLoop, Tasks, UnsupportedError
-from algorithms.losses import task_losses
+from algorithms.inner_loop import Fast, InnerLoop, Rate, Tasks, UnsupportedError
 from algorithms.normalisation import EpisodicBatchNorm, Statistics
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskLayer]] = {
@@ -84,23 +84,27 @@ class BatchedInnerLoop(InnerLoop):
         self._fixed = _fixed_parts(self.norm.model, set(self.adapted), self.norm.statistics)
         self._widest = 0
 
-    def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
-        fast = self._initial(len(tasks), create_graph=create_graph)
-        rule = _Adam(self.lr) if self.optimizer == "adam" else _SGD(self.lr)
+    def trajectory(
+        self, tasks: Tasks, steps: int, *, create_graph: bool, first_order: bool = False
+    ) -> Iterator[Fast]:
+        theta = fast = self.initial(len(tasks), create_graph=create_graph)
+        rule = _Adam(self.rate) if self.optimizer == "adam" else _SGD(self.rate)
         recompute = self.checkpoint_inner and create_graph
         self._weights.remember = not recompute  # what is not kept cannot be shared by steps
+        stepped = partial(
+            self._stepped, theta, tasks, create_graph=create_graph, first_order=first_order
+        )
         try:
             yield fast
             for step in range(steps):
-                samples = tasks.support_at(step)
                 if recompute:
                     fast, rule = checkpoint(
-                        *(self._stepped, fast, rule, *samples, create_graph),
+                        *(stepped, step, fast, rule),
                         use_reentrant=False,
                         context_fn=lambda: (nullcontext(), _Recomputing(self.norm.statistics)),
                     )
                 else:
-                    fast, rule = self._stepped(fast, rule, *samples, create_graph)
+                    fast, rule = stepped(step, fast, rule)
                 yield fast
         finally:
             self._weights.remember = False
@@ -169,13 +173,12 @@ class BatchedInnerLoop(InnerLoop):
         model.eval()
         statistics.gather = False
         try:
-            return self.forward(self._initial(len(inputs), create_graph=False), inputs)
+            return self.forward(self.initial(len(inputs), create_graph=False), inputs)
         finally:
             model.train(training)
             statistics.gather = gather
 
-    def _initial(self, tasks: int, *, create_graph: bool) -> Fast:
-        """theta for every task."""
+    def initial(self, tasks: int, *, create_graph: bool) -> Fast:
         fast: Fast = {}
         for name, value in self.parameters.items():
             shared = value if create_graph else value.detach()
@@ -199,18 +202,27 @@ class BatchedInnerLoop(InnerLoop):
         return outputs.view(tasks, inputs.shape[1], *outputs.shape[1:])
 
     def _stepped(
-        self, fast: Fast, rule: _SGD, inputs: Tensor, targets: Tensor, create_graph: bool
+        self,
+        theta: Fast,
+        tasks: Tasks,
+        step: int,
+        fast: Fast,
+        rule: _SGD,
+        *,
+        create_graph: bool,
+        first_order: bool,
     ) -> tuple[Fast, _SGD]:
-        """One step on support samples ``(tasks, n, ...)``: the fast weights and rule after it."""
-        loss = task_losses(self.forward(fast, inputs), targets).sum()
+        """The fast weights, and the rule of the step to come, after one step."""
+        loss = self.descended(fast, theta, tasks, step)
         names = [name for name in self.adapted if fast[name].requires_grad]
         gradients = torch.autograd.grad(
-            loss, [fast[name] for name in names], create_graph=create_graph, allow_unused=True
+            loss,
+            [fast[name] for name in names],
+            create_graph=create_graph and not first_order,
+            allow_unused=True,
         )
-        given = {name: g for name, g in zip(names, gradients, strict=True) if g is not None}
-        if self.clip is not None:
-            given = {name: g.clamp(-self.clip, self.clip) for name, g in given.items()}
-        changes, rule = rule.step(given)
+        found = zip(names, gradients, strict=True)
+        changes, rule = rule.step({name: self.clipped(g) for name, g in found if g is not None})
         stepped = {name: fast[name] - change for name, change in changes.items()}
         if not create_graph:
             stepped = {name: value.detach().requires_grad_() for name, value in stepped.items()}
@@ -233,15 +245,21 @@ class _Recomputing:
 
 
 class _SGD:
-    """Gradient descent."""
+    """Gradient descent. A rule is never changed, so that a step can be computed again.
 
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
+    Args:
+        rate: step size of each parameter in each step.
+        steps: how many steps there were.
+    """
 
-    def step(self, gradients: dict[str, Tensor]) -> tuple[dict[str, Tensor], _SGD]:
-        """What each parameter loses in this step, and the rule of the next: a rule is never
-        changed, so that a step can be computed again."""
-        return {name: self.lr * gradient for name, gradient in gradients.items()}, self
+    def __init__(self, rate: Rate, steps: int = 0) -> None:
+        self.rate = rate
+        self.steps = steps
+
+    def step(self, gradients: Fast) -> tuple[Fast, _SGD]:
+        """What each parameter loses in this step, and the rule of the next."""
+        changes = {name: self.rate(name, self.steps) * g for name, g in gradients.items()}
+        return changes, _SGD(self.rate, self.steps + 1)
 
 
 class _Adam(_SGD):
@@ -249,15 +267,13 @@ class _Adam(_SGD):
 
     beta2, eps = 0.999, 1e-8
 
-    def __init__(self, lr: float, steps: int = 0, moments: dict[str, Tensor] | None = None) -> None:
-        super().__init__(lr)
-        self.steps = steps
+    def __init__(self, rate: Rate, steps: int = 0, moments: Fast | None = None) -> None:
+        super().__init__(rate, steps)
         self.moments = moments or {}
 
-    def step(self, gradients: dict[str, Tensor]) -> tuple[dict[str, Tensor], _SGD]:
-        moments = dict(self.moments)
-        size = self.lr * (1 - self.beta2 ** (self.steps + 1)) ** 0.5
-        changes = {}
+    def step(self, gradients: Fast) -> tuple[Fast, _SGD]:
+        changes, moments = {}, dict(self.moments)
+        unbias = (1 - self.beta2 ** (self.steps + 1)) ** 0.5
         for name, gradient in gradients.items():
             moment = (1 - self.beta2) * gradient * gradient
             if name in moments:
@@ -267,8 +283,9 @@ class _Adam(_SGD):
             # so: such elements are constants, as ``higher`` has them.
             zero = moment == 0
             root = torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
+            size = self.rate(name, self.steps) * unbias
             changes[name] = size * gradient / (root + self.eps)
-        return changes, _Adam(self.lr, self.steps + 1, moments)
+        return changes, _Adam(self.rate, self.steps + 1, moments)
 
 
 def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeights) -> nn.Module:

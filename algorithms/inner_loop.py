@@ -8,7 +8,7 @@ this one built on ``higher`` does, or many at once, and the algorithms read the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,10 @@ from algorithms.normalisation import EpisodicNorm
 
 Fast = dict[str, Tensor]
 """Every parameter by its name in the model, ``(tasks, *shape)``: theta' of each task."""
+
+Rate = Callable[[str, int], float | Tensor]
+"""The step size of a parameter, by its name, in an inner step (from 0): a number, or a tensor that
+broadcasts over the parameter and that gradients flow into."""
 
 OPTIMIZERS = ("sgd", "adam")
 
@@ -90,10 +94,12 @@ class InnerLoop(ABC):
     Args:
         model: the network whose parameters adapt; its structure is left as it is.
         adapted: names of the parameters that the inner loop changes.
-        lr: step size alpha.
+        rate: step size alpha of each parameter in each step.
         optimizer: ``"sgd"``, or ``"adam"`` with beta1 = 0 as in Nichol et al. 2018 (Reptile); its
             moments start at zero in every task.
         clip: bound on each element of the inner gradient, or None.
+        proximal: lambda; the steps descend the support loss plus lambda / 2 times the squared
+            distance of the adapted parameters from where they began.
         norm: a mode of :mod:`algorithms.normalisation`.
     """
 
@@ -105,20 +111,29 @@ class InnerLoop(ABC):
         model: nn.Module,
         adapted: Sequence[str],
         *,
-        lr: float,
+        rate: Rate,
         optimizer: str = "sgd",
         clip: float | None = None,
+        proximal: float = 0.0,
         norm: str = "transductive",
     ) -> None:
         self.adapted = list(adapted)
-        self.lr = lr
+        self.rate = rate
         self.optimizer = optimizer
         self.clip = clip
+        self.proximal = proximal
         self.norm = EpisodicNorm(model, norm)
         self.parameters: dict[str, Tensor] = dict(self.norm.model.named_parameters())
 
     @abstractmethod
-    def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
+    def initial(self, tasks: int, *, create_graph: bool) -> Fast:
+        """theta for so many tasks: the parameters themselves, or leaves without ``create_graph``.
+        Those that do not need a gradient in the model need none here."""
+
+    @abstractmethod
+    def trajectory(
+        self, tasks: Tasks, steps: int, *, create_graph: bool, first_order: bool = False
+    ) -> Iterator[Fast]:
         """The fast weights after 0, 1, ... ``steps`` gradient steps on the support sets.
 
         Args:
@@ -126,6 +141,8 @@ class InnerLoop(ABC):
             steps: how many steps, at least 0.
             create_graph: keep the graph, so that a gradient reaches the model's parameters through
                 the steps (second order). Without it the fast weights of each step are leaves.
+            first_order: in that graph, take the inner gradients to be constants; what reaches the
+                parameters and the rates is then of first order.
         """
 
     @abstractmethod
@@ -133,6 +150,26 @@ class InnerLoop(ABC):
         self, fast: Fast, inputs: Tensor, *, groups: int = 1, counted: int | None = None
     ) -> Tensor:
         """The model at these fast weights; see :class:`algorithms.normalisation.Forward`."""
+
+    def descended(self, fast: Fast, theta: Fast, tasks: Tasks, step: int) -> Tensor:
+        """What an inner step descends, summed over the tasks: a scalar.
+
+        Args:
+            fast: the weights before the step.
+            theta: those that the tasks began with.
+            tasks: the tasks.
+            step: which of them, from 0.
+        """
+        inputs, targets = tasks.support_at(step)
+        loss = task_losses(self.forward(fast, inputs), targets).sum()
+        if self.proximal:
+            away = [(fast[name] - theta[name]).square().sum() for name in self.adapted]
+            loss = loss + self.proximal / 2 * torch.stack(away).sum()
+        return loss
+
+    def clipped(self, gradient: Tensor) -> Tensor:
+        """An inner gradient within its bound."""
+        return gradient if self.clip is None else gradient.clamp(-self.clip, self.clip)
 
     def query(self, fast: Fast, tasks: Tasks) -> Tensor:
         """Outputs for the query sets ``(tasks, m, out)`` at these fast weights."""
@@ -170,20 +207,26 @@ class HigherInnerLoop(InnerLoop):
         self._idle = [parameter.detach() for parameter in self.parameters.values()]
         self._functional.update_params(self._idle)
 
-    def trajectory(self, tasks: Tasks, steps: int, *, create_graph: bool) -> Iterator[Fast]:
+    def initial(self, tasks: int, *, create_graph: bool) -> Fast:
         if create_graph:
-            fast = {name: value[None] for name, value in self.parameters.items()}
-        else:
-            fast = {
-                name: value.detach()[None].requires_grad_(value.requires_grad)
-                for name, value in self.parameters.items()
-            }
-        optimizer = self._optimizer(create_graph)
+            return {name: value[None] for name, value in self.parameters.items()}
+        return {
+            name: value.detach()[None].requires_grad_(value.requires_grad)
+            for name, value in self.parameters.items()
+        }
+
+    def trajectory(
+        self, tasks: Tasks, steps: int, *, create_graph: bool, first_order: bool = False
+    ) -> Iterator[Fast]:
+        theta = fast = self.initial(len(tasks), create_graph=create_graph)
+        optimizer = self._optimizer(create_graph, first_order)
         yield fast
         for step in range(steps):
-            inputs, targets = tasks.support_at(step)
-            loss = task_losses(self.forward(fast, inputs), targets).sum()
-            stepped = optimizer.step(loss, params=[fast[name] for name in self.adapted])
+            stepped = optimizer.step(
+                self.descended(fast, theta, tasks, step),
+                params=[fast[name] for name in self.adapted],
+                override={"lr": [self.rate(name, step) for name in self.adapted]},
+            )
             fast = fast | dict(zip(self.adapted, stepped, strict=True))
             yield fast
 
@@ -201,23 +244,28 @@ class HigherInnerLoop(InnerLoop):
             self._functional.update_params(self._idle)
         return outputs[None]
 
-    def _optimizer(self, create_graph: bool) -> higher.optim.DifferentiableOptimizer:
+    def _optimizer(
+        self, create_graph: bool, first_order: bool
+    ) -> higher.optim.DifferentiableOptimizer:
         # The optimizer is told apart from the weights it will step: it only needs to know how many
-        # there are, and deep-copies what it is given.
+        # there are, and deep-copies what it is given. Each is a group, so as to have its own rate,
+        # which every step names.
         stand_ins = [nn.Parameter(torch.empty(0)) for _ in self.adapted]
+        groups = [{"params": [each]} for each in stand_ins]
         prototype: torch.optim.Optimizer
         if self.optimizer == "adam":
-            prototype = torch.optim.Adam(stand_ins, lr=self.lr, betas=(0.0, 0.999))
+            prototype = torch.optim.Adam(groups, lr=1.0, betas=(0.0, 0.999))
         else:
-            prototype = torch.optim.SGD(stand_ins, lr=self.lr)
+            prototype = torch.optim.SGD(groups, lr=1.0)
         return higher.optim.get_diff_optim(
             prototype,
             stand_ins,
-            grad_callback=self._clipped if self.clip is not None else None,
+            grad_callback=partial(self._shaped, constant=first_order),
             track_higher_grads=create_graph,
         )
 
-    def _clipped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        bound = self.clip
-        assert bound is not None
-        return [None if g is None else g.clamp(-bound, bound) for g in gradients]
+    def _shaped(self, gradients: Sequence[Tensor | None], *, constant: bool) -> list[Tensor | None]:
+        """The gradients as a step takes them: clipped, and cut from the graph if constant."""
+        return [
+            None if g is None else self.clipped(g.detach() if constant else g) for g in gradients
+        ]

@@ -63,7 +63,7 @@ def _place(help: str) -> Any:
 )
 def run(
     algos: Annotated[
-        str | None, _axis("Algorithms; see 'list algorithms'. Default: all four.")
+        str | None, _axis("Algorithms; see 'list algorithms'. Default: maml,fomaml,anil,reptile.")
     ] = None,
     datasets: Annotated[
         str | None, _axis("Datasets; see 'list datasets'. Default: glyphs.")

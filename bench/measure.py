@@ -202,7 +202,10 @@ class Subject:
 
     def growth(self) -> list[dict[str, Any]]:
         """Peak memory of a meta-step by its inner steps, on few tasks, so that it fits where the
-        cell itself does. Asked first: what a process once held can hide a smaller peak."""
+        cell itself does. Asked first: what a process once held can hide a smaller peak. Empty for
+        an algorithm without inner steps."""
+        if "inner_steps" not in self.cell.hyperparameters:
+            return []
         few = EpisodeLoader(self.source, self.batches.spec, min(self.cell.meta_batch, GROWTH_TASKS))
         usual = self.algorithm.inner_steps
         rows = []

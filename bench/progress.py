@@ -123,7 +123,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
     shared = [
         f"{name.replace('_', ' ')} {summary[name].iloc[0]}"
         for name in SETTINGS
-        if summary[name].nunique(dropna=False) == 1
+        if summary[name].nunique(dropna=False) == 1 and summary[name].notna().all()
     ]
     varying = [name for name in SETTINGS if summary[name].nunique(dropna=False) > 1]
     table = Table(
@@ -147,7 +147,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
         table.add_row(
             row["algorithm"],
             f"{row['dataset']} {row['ways']}w{row['shots']}s",
-            *(str(row[name]) for name in varying),
+            *("" if pd.isna(row[name]) else str(row[name]) for name in varying),
             score(row) if complete else "[red]failed[/red]",
             milliseconds(row["step_ms"]),
             milliseconds(row["eval_ms_per_episode"]),

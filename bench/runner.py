@@ -107,12 +107,14 @@ def check_gradient(cell: Cell, source: Source) -> None:
         BenchError: they differ by more than rounding.
     """
     algorithm = build(cell.model_copy(update={"device": "cpu"}), source)
+    batch = source.batch(cell.train_spec(0), range(2))
+    algorithm.evaluate(batch, 0)  # what it cannot do, it says here
     if algorithm.engine == "higher":
         return
     error = verify(
         cell.algorithm,
         algorithm.model,
-        source.batch(cell.train_spec(0), range(2)),
+        batch,
         cell.hyperparameters,
         engine=algorithm.engine,
     )
@@ -250,7 +252,7 @@ def _train_and_evaluate(
         team=team,
     )
     log.frame().to_parquet(workplace / TRAINING, index=False)
-    write_tensors(algorithm.model.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
+    write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
     test = sources.require(cell.dataset, "test", cell.device)
     display.evaluating(cell)
     scores = evaluate(

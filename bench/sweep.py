@@ -137,8 +137,12 @@ class Cell(Settings):
 
     @property
     def gradients_per_step(self) -> int:
-        """Gradients evaluated in a meta-step: inner ones, and one on each query set."""
-        return self.meta_batch * (int(self.hyperparameters.get("inner_steps", 0)) + 1)
+        """Gradients evaluated in a meta-step, as the algorithm counts them."""
+        try:
+            count = algorithms.get(self.algorithm).gradients_per_task
+        except algorithms.AlgorithmError:  # a stored cell of a plug-in that is not there
+            count = algorithms.Algorithm.gradients_per_task
+        return self.meta_batch * count(self.hyperparameters)
 
     def __str__(self) -> str:
         setting = f"{self.dataset} {self.ways}-way {self.shots}-shot seed {self.seed}"

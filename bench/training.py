@@ -126,7 +126,7 @@ def train(
     if checkpoint is not None:
         run.save(checkpoint)
     if run.best:
-        run.algorithm.model.load_state_dict(run.best)
+        run.algorithm.load_state_dict(run.best)
     return run.algorithm, run.log
 
 
@@ -141,7 +141,9 @@ class _Training:
         self.log = Log()
         self.best: State = {}
         kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-        self.optimizer = kinds[cell.meta_optimizer](algorithm.parameters(), lr=cell.meta_lr)
+        # A group, since a list may not be empty, and nothing may be there to learn.
+        learned = [{"params": algorithm.parameters()}]
+        self.optimizer = kinds[cell.meta_optimizer](learned, lr=cell.meta_lr)
 
     def step(self, batches: EpisodeLoader, iteration: int) -> Progress:
         """One meta-step: the outer optimizer on the meta-gradient of one batch."""
@@ -151,6 +153,7 @@ class _Training:
         member = (team.rank,) if team.rank else ()
         torch.manual_seed(stream_seed("meta-step", cell.seed, iteration, *member))
         began = time.perf_counter()
+        self.algorithm.progress = iteration / cell.iterations
         first = iteration * cell.meta_batch
         mine = team.part(range(first, first + cell.meta_batch))
         scores = self.algorithm.meta_backward(batches.source.batch(batches.spec, mine))
@@ -183,7 +186,7 @@ class _Training:
         metric = float(after_last_step(scores).mean())
         better = max if source.outputs is None else min
         if not self.log.val_metric or better(metric, *self.log.val_metric) == metric:
-            self.best = {n: v.clone() for n, v in self.algorithm.model.state_dict().items()}
+            self.best = {n: v.clone() for n, v in self.algorithm.state_dict().items()}
         self.log.val_iteration.append(iteration + 1)
         self.log.val_metric.append(metric)
         return metric
@@ -195,7 +198,7 @@ class _Training:
     def tensors(self) -> State:
         """All of the state, on the CPU."""
         tensors: State = {}
-        for name, value in self.algorithm.model.state_dict().items():
+        for name, value in self.algorithm.state_dict().items():
             tensors[f"model/{name}"] = value
         for name, value in self.best.items():
             tensors[f"best/{name}"] = value
@@ -220,7 +223,7 @@ class _Training:
         for key, value in tensors.items():
             part, name = key.split("/", 1)
             parts[part][name] = value
-        self.algorithm.model.load_state_dict(parts["model"])
+        self.algorithm.load_state_dict(parts["model"])
         self.best = {n: v.to(self.cell.device) for n, v in parts["best"].items()}
         states: dict[int, State] = {}
         for key, value in parts["optimizer"].items():

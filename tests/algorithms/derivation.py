@@ -7,11 +7,16 @@ written out, its tasks looped over, its derivatives by ``torch.autograd`` alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 Parameters = dict[str, Tensor]
+Network = Callable[..., Tensor]
+SECOND_ORDER = ("maml", "anil", "boil")
 
 
 class Net(nn.Module):
@@ -38,20 +43,27 @@ def normalise(x: Tensor, counted: Tensor, p: Parameters, name: str) -> Tensor:
     return (x - mean) / torch.sqrt(var + 1e-5) * scale + shift
 
 
-def outputs(p: Parameters, x: Tensor, counted: int | None = None) -> Tensor:
-    """The network on ``x``; batch statistics are those of its first ``counted`` samples."""
+def features(p: Parameters, x: Tensor, counted: int | None = None) -> Tensor:
+    """The body on ``x``; batch statistics are those of its first ``counted`` samples."""
     for block in ("1", "2"):
         x = F.conv2d(x, p[f"conv{block}.weight"], None, 2, 1)
         x = torch.tanh(normalise(x, x[:counted], p, f"norm{block}"))
-    return x.flatten(1) @ p["head.weight"].T + p["head.bias"]
+    return x.flatten(1)
 
 
-def query_outputs(p: Parameters, support: Tensor, query: Tensor, norm: str) -> Tensor:
+def outputs(p: Parameters, x: Tensor, counted: int | None = None) -> Tensor:
+    """The network on ``x``."""
+    return features(p, x, counted) @ p["head.weight"].T + p["head.bias"]
+
+
+def query_outputs(
+    p: Any, support: Tensor, query: Tensor, norm: str, network: Network = outputs
+) -> Tensor:
     if norm in ("transductive", "running"):  # running averages serve evaluation only
-        return outputs(p, query)
+        return network(p, query)
     if norm == "support":
-        return outputs(p, torch.cat([support, query]), len(support))[len(support) :]
-    return torch.stack([outputs(p, torch.cat([support, q[None]]))[-1] for q in query])
+        return network(p, torch.cat([support, query]), len(support))[len(support) :]
+    return torch.stack([network(p, torch.cat([support, q[None]]))[-1] for q in query])
 
 
 def inner(
@@ -97,7 +109,12 @@ def meta_gradient(
 ) -> Parameters:
     """The mean over tasks of the paper's meta-gradient, by parameter name."""
     theta = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
-    adapted = [n for n in theta if algorithm != "anil" or n.startswith("head")]
+    adapted = [
+        n
+        for n in theta
+        if not (algorithm == "anil" and not n.startswith("head"))
+        and not (algorithm == "boil" and n.startswith("head"))
+    ]
     tasks = len(batch["train"][0])
     total = {n: torch.zeros_like(v) for n, v in theta.items()}
     for i in range(tasks):
@@ -109,7 +126,7 @@ def meta_gradient(
             steps=steps,
             lr=lr,
             optimizer=optimizer,
-            create_graph=algorithm in ("maml", "anil"),
+            create_graph=algorithm in SECOND_ORDER,
             minibatches=None if minibatches is None else minibatches[i],
         )
         if algorithm == "reptile":
@@ -121,6 +138,141 @@ def meta_gradient(
         for n, g in zip(theta, gradients, strict=True):
             total[n] += g / tasks
     return total
+
+
+def rated_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    rates: dict[str, Tensor],
+    *,
+    weights: list[float],
+    norm: str,
+    first_order: bool = False,
+) -> tuple[Parameters, Parameters]:
+    """With a step size for each parameter in each step, ``(steps, *broadcasts over it)``: that of
+    sum_j weights_j L_query(theta_j), by parameter and by step size (Li et al. 2017, algorithm 1;
+    Antoniou et al. 2019, equation 4)."""
+    theta = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
+    rates = {n: v.clone().requires_grad_() for n, v in rates.items()}
+    losses = []
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((x[i], y[i]) for x, y in (batch["train"], batch["test"]))
+        p = theta
+        for step, weight in enumerate(weights):
+            loss = F.cross_entropy(outputs(p, xs), ys)
+            gradients = torch.autograd.grad(loss, list(p.values()), create_graph=not first_order)
+            p = {n: p[n] - rates[n][step] * g for n, g in zip(theta, gradients, strict=True)}
+            losses.append(weight * F.cross_entropy(query_outputs(p, xs, xq, norm), yq))
+    loss = torch.stack(losses).sum() / len(batch["train"][0])
+    found = torch.autograd.grad(loss, [*theta.values(), *rates.values()])
+    split = len(theta)
+    by_theta = dict(zip(theta, found[:split], strict=True))
+    return by_theta, dict(zip(rates, found[split:], strict=True))
+
+
+def implicit_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    strength: float,
+    norm: str,
+    fixed: tuple[str, ...] = (),
+) -> Parameters:
+    """Implicit MAML's (Rajeswaran et al. 2019, equation 6) by a dense solve, task by task: with
+    H the Hessian of the support loss at the end of the inner steps, (I + H / lambda)^-1 times the
+    gradient of the query loss there. Parameters in ``fixed`` do not adapt; by the implicit function
+    theorem theirs is the direct gradient less the mixed derivatives times that over lambda."""
+    theta = {n: v.detach().clone() for n, v in model.named_parameters()}
+    sizes = [v.numel() for v in theta.values()]
+    start = torch.cat([v.flatten() for v in theta.values()])
+    adapts = torch.cat([torch.full((v.numel(),), n not in fixed) for n, v in theta.items()])
+
+    def named(vector: Tensor) -> Parameters:
+        parts = vector.split(sizes)
+        return {n: p.view(v.shape) for (n, v), p in zip(theta.items(), parts, strict=True)}
+
+    total = torch.zeros_like(start)
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((x[i], y[i]) for x, y in (batch["train"], batch["test"]))
+
+        def support_loss(vector: Tensor, xs: Tensor = xs, ys: Tensor = ys) -> Tensor:
+            return F.cross_entropy(outputs(named(vector), xs), ys)
+
+        phi = start
+        for _ in range(steps):
+            gradient = torch.func.grad(support_loss)(phi) + strength * (phi - start)
+            phi = phi - lr * gradient * adapts
+        at = phi.clone().requires_grad_()
+        query_loss = F.cross_entropy(query_outputs(named(at), xs, xq, norm), yq)
+        (direct,) = torch.autograd.grad(query_loss, at)
+        hessian = torch.autograd.functional.hessian(support_loss, phi)
+        inner = hessian[adapts][:, adapts]
+        solved = torch.linalg.solve(
+            torch.eye(len(inner)).to(inner) + inner / strength, direct[adapts]
+        )
+        total[adapts] += solved
+        total[~adapts] += direct[~adapts] - hessian[~adapts][:, adapts] @ solved / strength
+    return named(total / len(batch["train"][0]))
+
+
+def context_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    film: Parameters,
+    *,
+    steps: int,
+    lr: float,
+    norm: str,
+) -> tuple[Parameters, Parameters]:
+    """CAVIA's (Zintgraf et al. 2019, equations 2 and 3), with the context's linear scale and shift
+    on the first block's channels before its tanh; by the model's parameters and by the film's."""
+    theta = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
+    film = {n: v.clone().requires_grad_() for n, v in film.items()}
+
+    def network(context: Tensor, x: Tensor, counted: int | None = None) -> Tensor:
+        made = film["weight"] @ context + film["bias"]
+        scale, shift = made[:4].view(1, 4, 1, 1), made[4:].view(1, 4, 1, 1)
+        x = F.conv2d(x, theta["conv1.weight"], None, 2, 1)
+        x = torch.tanh((1 + scale) * normalise(x, x[:counted], theta, "norm1") + shift)
+        x = F.conv2d(x, theta["conv2.weight"], None, 2, 1)
+        x = torch.tanh(normalise(x, x[:counted], theta, "norm2"))
+        return x.flatten(1) @ theta["head.weight"].T + theta["head.bias"]
+
+    losses = []
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((x[i], y[i]) for x, y in (batch["train"], batch["test"]))
+        context = torch.zeros(film["weight"].shape[1]).to(xs).requires_grad_()
+        for _ in range(steps):
+            loss = F.cross_entropy(network(context, xs), ys)
+            context = context - lr * torch.autograd.grad(loss, context, create_graph=True)[0]
+        losses.append(F.cross_entropy(query_outputs(context, xs, xq, norm, network), yq))
+    found = torch.autograd.grad(torch.stack(losses).mean(), [*theta.values(), *film.values()])
+    split = len(theta)
+    by_theta = dict(zip(theta, found[:split], strict=True))
+    return by_theta, dict(zip(film, found[split:], strict=True))
+
+
+def prototype_gradient(
+    model: Net, batch: dict[str, tuple[Tensor, Tensor]], *, norm: str
+) -> Parameters:
+    """Prototypical networks' (Snell et al. 2017, equations 1 and 2), one sample after another."""
+    theta = {
+        n: v.detach().clone().requires_grad_()
+        for n, v in model.named_parameters()
+        if not n.startswith("head")
+    }
+    losses = []
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((x[i], y[i]) for x, y in (batch["train"], batch["test"]))
+        support, query = features(theta, xs), query_outputs(theta, xs, xq, norm, features)
+        prototypes = [support[ys == k].mean(0) for k in range(int(ys.max()) + 1)]
+        for z, y in zip(query, yq, strict=True):
+            exponents = torch.stack([torch.exp(-((z - c) ** 2).sum()) for c in prototypes])
+            losses.append(-torch.log(exponents[y] / exponents.sum()))
+    loss = torch.stack(losses).mean()
+    return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
 
 
 def make_batch(tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 2, seed: int = 0):

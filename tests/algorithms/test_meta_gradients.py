@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import algorithms
+from algorithms.imaml import conjugate_gradient
 from algorithms.normalisation import MODES
 from tests.algorithms import derivation
 
-ALGORITHMS = ("maml", "fomaml", "reptile", "anil")
+ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "boil")
+ENGINES = ("higher", "batched")
 LR = 0.3
 
 
@@ -125,3 +127,171 @@ def test_inner_clip_bounds_every_element_of_the_inner_gradient() -> None:
     largest = max(float(g.abs().max()) for g in gradients(model).values())
     assert largest == pytest.approx(clip)
     assert all(torch.equal(v, theta[n]) for n, v in model.named_parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("norm", MODES)
+def test_prototypical_networks_gradient_equals_the_derivation(norm: str, engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    expected = derivation.prototype_gradient(model, batch, norm=norm)
+    protonet = algorithms.create("protonet", model, norm=norm, engine=engine)
+    protonet.meta_backward(batch)
+    found = {n: p.grad for n, p in protonet.meta_parameters.items()}
+    assert relative_error(found, expected) < 1e-10
+    assert model.head.weight.grad is None
+
+
+def away_from_their_start(learned: dict) -> None:
+    """Step sizes that all differ, some of them negative."""
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for value in learned.values():
+            value.add_(0.1 * torch.randn_like(value))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("norm", MODES)
+def test_meta_sgds_gradient_equals_the_derivation(norm: str, engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "inner_steps": 2, "norm": norm, "engine": engine}
+    algorithm = algorithms.create("meta_sgd", model, **settings)
+    away_from_their_start(algorithm.beside)
+    alpha = {n: algorithm.beside[f"alpha.{n}"].detach() for n in algorithm.meta_parameters}
+    expected, by_rate = derivation.rated_gradient(
+        model, batch, {n: torch.stack([v, v]) for n, v in alpha.items()}, weights=[0, 1], norm=norm
+    )
+    algorithm.meta_backward(batch)
+    assert relative_error(gradients(model), expected) < 1e-10
+    found = {n: algorithm.beside[f"alpha.{n}"].grad for n in alpha}
+    assert relative_error(found, {n: g.sum(0) for n, g in by_rate.items()}) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("norm", MODES)
+@pytest.mark.parametrize(
+    ("progress", "weights", "first_order"),
+    [
+        (0.0, [1 / 3, 1 / 3, 1 / 3], True),
+        (0.3, [1 / 12, 1 / 12, 5 / 6], True),
+        (0.6, [0, 0, 1], False),
+        (1.0, [0, 0, 1], False),
+    ],
+)
+def test_maml_pps_gradient_equals_the_derivation(
+    progress: float, weights: list, first_order: bool, norm: str, engine: str
+) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    algorithm = algorithms.create(
+        "maml_pp",
+        model,
+        inner_lr=LR,
+        inner_steps=3,
+        multi_step_until=0.4,
+        norm=norm,
+        engine=engine,
+    )
+    algorithm.progress = progress
+    assert algorithm.step_weights() == pytest.approx(weights)
+    away_from_their_start(algorithm.beside)
+    rates = {n: algorithm.beside[f"rates.{n}"].detach() for n in algorithm.meta_parameters}
+    expected, by_rate = derivation.rated_gradient(
+        model, batch, rates, weights=weights, norm=norm, first_order=first_order
+    )
+    algorithm.meta_backward(batch)
+    assert relative_error(gradients(model), expected) < 1e-10
+    found = {n: algorithm.beside[f"rates.{n}"].grad for n in rates}
+    assert relative_error(found, by_rate) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_maml_pp_is_maml_where_all_is_annealed_and_first_order_maml_before(engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_steps": 2, "inner_lr": LR, "engine": engine, "multi_step_until": 0}
+    algorithm = algorithms.create("maml_pp", model, **settings)
+    algorithm.meta_backward(batch)
+    second = {n: g.clone() for n, g in gradients(model).items()}
+    algorithms.create("maml", model, inner_lr=LR, inner_steps=2).meta_backward(batch)
+    assert relative_error(second, gradients(model)) < 1e-10  # all rates are still inner_lr
+    algorithm.progress = 0.0
+    algorithm.meta_backward(batch)
+    first = {n: g.clone() for n, g in gradients(model).items()}
+    algorithms.create("fomaml", model, inner_lr=LR, inner_steps=2).meta_backward(batch)
+    assert relative_error(first, gradients(model)) < 1e-10
+
+
+def test_learned_rates_through_adam_agree_between_engines() -> None:
+    for name in ("meta_sgd", "maml_pp"):
+        found = []
+        for engine in ENGINES:
+            settings = {"inner_lr": 0.01, "inner_steps": 3, "inner_optimizer": "adam"}
+            algorithm = algorithms.create(name, make_model(), engine=engine, **settings)
+            away_from_their_start(algorithm.beside)
+            algorithm.meta_backward(derivation.make_batch())
+            found.append({str(i): p.grad for i, p in enumerate(algorithm.parameters())})
+        assert relative_error(*found) < 1e-10
+
+
+def test_steps_beyond_the_learned_ones_take_the_last_ones_rate() -> None:
+    batch = derivation.make_batch()
+    algorithm = algorithms.create("maml_pp", make_model(), inner_lr=LR, inner_steps=1)
+    expected = algorithms.create("maml", make_model(), inner_lr=LR).evaluate(batch, 4)
+    assert torch.allclose(algorithm.evaluate(batch, 4).loss, expected.loss, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("norm", "fixed"),
+    [("transductive", ()), ("single", ()), ("support", ("norm1.bias", "norm2.bias"))],
+)
+def test_imamls_gradient_comes_to_that_of_a_dense_solve(norm: str, fixed: tuple) -> None:
+    # A smaller lambda leaves I + H / lambda indefinite here: batch norm curves the loss both ways.
+    model, batch = make_model(), derivation.make_batch(tasks=2)
+    model.outer_only = frozenset(fixed)
+    expected = derivation.implicit_gradient(
+        model, batch, steps=2, lr=0.005, strength=100.0, norm=norm, fixed=fixed
+    )
+    settings = {"inner_lr": 0.005, "inner_steps": 2, "proximal": 100.0, "norm": norm}
+    for engine in ENGINES:
+        errors = []
+        for cg_steps in (1, 3, 50):
+            imaml = algorithms.create("imaml", model, cg_steps=cg_steps, engine=engine, **settings)
+            imaml.meta_backward(batch)
+            errors.append(relative_error(gradients(model), expected))
+        assert errors[0] > 3 * errors[1] > 0
+        assert errors[2] < 1e-10
+
+
+def test_conjugate_gradient_solves_each_task_and_stops_where_it_cannot() -> None:
+    torch.manual_seed(0)
+    root = torch.randn(2, 5, 5, dtype=torch.float64)
+    matrices = torch.cat([root @ root.mT + torch.eye(5), -torch.eye(5).expand(1, 5, 5)])
+    target = torch.randn(3, 5, dtype=torch.float64)
+    target[1] = 0
+
+    def product(vector: list) -> list:
+        whole = torch.cat([part.flatten(1) for part in vector], 1)
+        moved = (matrices @ whole.unsqueeze(2)).squeeze(2)
+        return [moved[:, :2], moved[:, 2:].view(3, 3, 1)]
+
+    parts = [target[:, :2], target[:, 2:].view(3, 3, 1)]
+    solved = torch.cat([part.flatten(1) for part in conjugate_gradient(product, parts, 9)], 1)
+    assert torch.allclose(solved[0], torch.linalg.solve(matrices[0], target[0]), rtol=1e-10)
+    assert torch.equal(solved[1], target[1])
+    assert torch.equal(solved[2], target[2])  # not convex: b itself
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("norm", MODES)
+def test_cavias_gradient_equals_the_derivation(norm: str, steps: int, engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "inner_steps": steps, "norm": norm, "engine": engine}
+    cavia = algorithms.create("cavia", model, contexts=7, **settings)
+    away_from_their_start(cavia.beside)
+    film = {n: cavia.beside[f"film.{n}"].detach() for n in ("weight", "bias")}
+    expected, by_film = derivation.context_gradient(
+        model, batch, film, steps=steps, lr=LR, norm=norm
+    )
+    cavia.meta_backward(batch)
+    assert relative_error(gradients(model), expected) < 1e-10
+    found = {n: cavia.beside[f"film.{n}"].grad for n in film}
+    assert relative_error(found, by_film) < 1e-10

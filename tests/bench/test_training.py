@@ -39,14 +39,15 @@ def test_the_same_cell_twice_gives_the_same_bits(cell: Cell, splits, tmp_path: P
     assert log.val_metric == log_again.val_metric
 
 
-@pytest.mark.parametrize("name", ["maml", "reptile"])
+@pytest.mark.parametrize("name", ["maml", "reptile", "meta_sgd", "maml_pp"])
 def test_an_interrupted_training_goes_on_to_the_same_bits(
     name: str, cell: Cell, splits, tmp_path: Path
 ) -> None:
     own = {"inner_batch": 3, "inner_steps": 2, "inner_optimizer": "adam", "inner_lr": 0.01}
-    if name == "reptile":  # draws mini-batches of its own
-        update = {"algorithm": name, "hyperparameters": cell.hyperparameters | own}
-        cell = cell.model_copy(update=update)
+    if name != "reptile":  # which draws mini-batches of its own
+        own = {}
+    update = {"algorithm": name, "hyperparameters": cell.hyperparameters | own}
+    cell = cell.model_copy(update=update)
     undisturbed, log = train(cell, *splits, tmp_path / "undisturbed")
     for stop in (7, 1, 12):
         with pytest.raises(KeyboardInterrupt):
@@ -87,6 +88,19 @@ def test_validation_picks_the_parameters_that_are_kept(cell: Cell, splits, tmp_p
     last = {n.removeprefix("model/"): v for n, v in state.items() if n.startswith("model/")}
     best_was_last = log.val_metric[-1] == max(log.val_metric)
     assert best_was_last == all(torch.equal(kept[n], last[n]) for n in kept)
+
+
+def test_what_is_learned_beside_the_model_is_kept_with_it(
+    cell: Cell, splits, tmp_path: Path
+) -> None:
+    wild = cell.model_copy(update={"algorithm": "meta_sgd", "meta_lr": 3.0})
+    algorithm, _ = train(wild, *splits, tmp_path / "state")
+    state = read_tensors(tmp_path / "state", cell=wild.id, source="")
+    kept = {n.removeprefix("best/"): v for n, v in state.items() if n.startswith("best/")}
+    assert kept.keys() == algorithm.state_dict().keys()
+    assert sum(name.startswith("meta_sgd/alpha.") for name in kept) == len(algorithm.beside) > 0
+    assert all(torch.equal(v, kept[n]) for n, v in algorithm.state_dict().items())
+    assert not all(torch.equal(v, state[f"model/{n}"]) for n, v in kept.items())
 
 
 def test_without_a_validation_split_the_last_parameters_are_kept(

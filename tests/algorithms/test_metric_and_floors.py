@@ -1,0 +1,85 @@
+"""Algorithms without meta-learned inner steps: they say what they learn, which may be nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+import algorithms
+from tests.algorithms import derivation
+
+
+def make(name: str, **settings) -> algorithms.Algorithm:
+    torch.manual_seed(0)
+    return algorithms.create(name, derivation.Net().double(), **settings)
+
+
+@pytest.mark.parametrize("name", ["nearest", "protonet"])
+def test_what_does_not_adapt_scores_the_same_after_every_step(name: str) -> None:
+    scores = make(name).evaluate(derivation.make_batch(), 3)
+    assert scores.loss.shape == scores.metric.shape == (3, 4)
+    assert torch.equal(scores.loss, scores.loss[:, :1].expand(3, 4))
+    assert make(name).evaluate(derivation.make_batch()).loss.shape == (3, 1)
+
+
+def test_nearest_gives_the_class_of_the_nearest_mean() -> None:
+    batch = derivation.make_batch(tasks=4, shots=3, queries=4)
+    right = []
+    for i in range(4):
+        (xs, ys), (xq, yq) = ((x[i].flatten(1), y[i]) for x, y in batch.values())
+        means = torch.stack([xs[ys == k].mean(0) for k in range(3)])
+        right.append((torch.cdist(xq, means).argmin(1) == yq).double().mean())
+    for engine in ("higher", "batched"):
+        nearest = make("nearest", engine=engine)
+        assert torch.equal(nearest.evaluate(batch, 0).metric[:, 0], torch.stack(right))
+        assert torch.equal(nearest.meta_backward(batch).metric, torch.stack(right))
+        assert nearest.parameters() == []
+
+
+def test_protonet_learns_all_but_the_head() -> None:
+    protonet, batch = make("protonet"), derivation.make_batch(tasks=4)
+    assert not any(name.startswith("head") for name in protonet.meta_parameters)
+    optimizer = torch.optim.Adam(protonet.parameters(), lr=0.01)
+    before = {n: v.clone() for n, v in protonet.model.state_dict().items()}
+    losses = []
+    for _ in range(20):
+        losses.append(float(protonet.meta_backward(batch).loss.mean()))
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    after = protonet.model.state_dict()
+    assert torch.equal(after["head.weight"], before["head.weight"])
+    assert not torch.equal(after["conv1.weight"], before["conv1.weight"])
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_scratch_keeps_its_random_weights_and_adapts_as_maml_does(optimizer) -> None:
+    batch = derivation.make_batch()
+    scratch, maml = (make(name, inner_lr=0.1, inner_steps=3) for name in ("scratch", "maml"))
+    before = [p.detach().clone() for p in scratch.parameters()]
+    outer = optimizer(scratch.parameters(), lr=1.0)
+    scores = scratch.meta_backward(batch)
+    outer.step()
+    assert all(torch.equal(p, b) for p, b in zip(scratch.parameters(), before, strict=True))
+    assert torch.equal(scores.loss, maml.evaluate(batch).loss[:, -1])
+
+
+@pytest.mark.parametrize("name", ["boil", "protonet"])
+def test_a_model_that_is_all_head_is_refused(name: str) -> None:
+    with pytest.raises(algorithms.AlgorithmError, match="before the head"):
+        algorithms.create(name, nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("name", ["nearest", "protonet"])
+def test_regression_has_no_class_means(name: str) -> None:
+    x = torch.randn(2, 5, 1)
+    model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1))
+    with pytest.raises(algorithms.AlgorithmError, match="classes"):
+        algorithms.create(name, model).evaluate({"train": (x, x), "test": (x, x)}, 0)
+
+
+def test_hyperparameters_are_those_that_mean_something() -> None:
+    known = {name: algorithms.hyperparameters(algorithms.get(name)) for name in algorithms.names()}
+    assert set(known["nearest"]) == {"engine"}
+    assert set(known["protonet"]) == {"norm", "engine"}
+    assert known["maml"] == known["boil"]
+    with pytest.raises(algorithms.AlgorithmError, match="protonet has no 'inner_lr'"):
+        make("protonet", inner_lr=0.1)
