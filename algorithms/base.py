@@ -77,6 +77,8 @@ class Algorithm(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line for ``python -m bench list algorithms``."""
+    adapts_in_training: ClassVar[bool] = True
+    """Whether a meta-step takes inner steps."""
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that suit the algorithm, by dataset; those under ``"*"`` hold for every dataset.
     Hyperparameters of the class, and of its outer loop (``meta_lr``, ``meta_optimizer``, ...)."""

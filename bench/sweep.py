@@ -138,7 +138,8 @@ class Cell(Settings):
     @property
     def gradients_per_step(self) -> int:
         """Gradients evaluated in a meta-step: inner ones, and one on each query set."""
-        return self.meta_batch * (int(self.hyperparameters.get("inner_steps", 0)) + 1)
+        inner = algorithms.get(self.algorithm).adapts_in_training
+        return self.meta_batch * (int(inner and self.hyperparameters.get("inner_steps", 0)) + 1)
 
     def __str__(self) -> str:
         setting = f"{self.dataset} {self.ways}-way {self.shots}-shot seed {self.seed}"

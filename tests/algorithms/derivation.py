@@ -106,7 +106,7 @@ def meta_gradient(
             theta,
             (xs, ys),
             adapted,
-            steps=steps,
+            steps=0 if algorithm == "pretrained" else steps,
             lr=lr,
             optimizer=optimizer,
             create_graph=algorithm in ("maml", "anil"),

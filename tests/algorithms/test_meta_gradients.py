@@ -7,7 +7,7 @@ import algorithms
 from algorithms.normalisation import MODES
 from tests.algorithms import derivation
 
-ALGORITHMS = ("maml", "fomaml", "reptile", "anil")
+ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "pretrained")
 LR = 0.3
 
 
