@@ -175,7 +175,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             *("datasets = ['tiny']", f"plugin = '{TINY}'", "model = 'fc'"),
             *("iterations = 60", "inner_lr = 0.01"),
         ],
-        "waves": ["datasets = ['sinusoid']", "ways = [1]", "shots = [5]", "iterations = 300"],
+        "waves": ["datasets = ['sinusoid']", "ways = [1]", "shots = [5]", "iterations = 30"],
     }.items():
         (tmp_path / "recipes" / f"{name}.toml").write_text(
             f"title = 'MAML on {name}'\nsource = 'Somebody 2020'\npublished = '{name}'\n"
