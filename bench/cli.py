@@ -245,7 +245,73 @@ def report(
         print(path)
 
 
-list_app = typer.Typer(help="What there is: algorithms, datasets.", no_args_is_help=True)
+@app.command(
+    epilog="Run the same command again and it goes on where it stopped; see 'list recipes'."
+)
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name.", show_default=False)],
+    scale: Annotated[
+        float, typer.Option(help="Share of the published iterations; the verdict says it.")
+    ] = 1.0,
+    seeds: Annotated[str | None, _axis("Seeds of training. Default: the recipe's.")] = None,
+    devices: Annotated[str | None, _axis("Default: the best there is.")] = None,
+    data_root: Annotated[
+        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
+    ] = False,
+    out: Annotated[
+        Path | None, _place("The run's folder. Default: results/ and the recipe's name.")
+    ] = None,
+    keep: Annotated[
+        Path | None, _place("Folder to note the outcome in; this project's: results/reference.")
+    ] = None,
+    accept_changed_code: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-code",
+            help="Put new cells beside such as different source made.",
+            rich_help_panel=PLACES,
+        ),
+    ] = False,
+) -> None:
+    """Obtain a published result: train as its paper did, and hold ours against theirs.
+
+    For example: python -m bench reproduce maml-omniglot-5w1s --scale 0.03
+    """
+    from bench import reproduction, runner
+    from bench.progress import Display
+
+    found = reproduction.read(recipe)
+    if keep is not None and keep.exists() and not keep.is_dir():
+        raise BenchError(f"--keep: {keep} is not a folder")
+    places = {"data_root": data_root, "download": download}
+    sweeps = found.sweeps(scale, seeds=seeds, devices=devices, **places)
+    sources = runner.Sources(data_root, download)
+    console = Console()
+    folder = out or Path("results") / found.name
+    with console.status("reading the data and checking gradients"):
+        cells = {name: sweep.cells() for name, sweep in sweeps.items()}
+        for name in sweeps:
+            runner.check(cells[name], sources)
+    try:
+        for name, sweep in sweeps.items():
+            place, display = folder / name, Display(console)
+            runner.run(sweep, cells[name], sources, place, display, accept_changed_code)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command goes on from here (results in {folder})")
+        raise
+    outcome = reproduction.outcome(found, scale, cells, folder)
+    if outcome is None:
+        console.print(f"cells failed, so there is no verdict; why: failures.json in {folder}")
+        raise typer.Exit(1)
+    written = outcome.write(keep)
+    for line in [*outcome.lines(), *(f"written:    {path}" for path in written)]:
+        print(line)
+
+
+list_app = typer.Typer(help="What there is: algorithms, datasets, recipes.", no_args_is_help=True)
 app.add_typer(list_app, name="list")
 
 
@@ -265,6 +331,17 @@ def list_datasets() -> None:
     for name in datasets.names():
         kind = datasets.get(name)
         table.add_row(name, kind.summary, ", ".join(kind.splits))
+    Console().print(table)
+
+
+@list_app.command("recipes")
+def list_recipes() -> None:
+    """The published results that can be obtained again, and what they came to here."""
+    from bench import reproduction
+
+    table = Table("recipe", "published", "ours (reference run)", "cost here")
+    for row in reproduction.listing():
+        table.add_row(row["recipe"], row["published"], row["ours"], row["cost"])
     Console().print(table)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import filelock
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import tomli_w
 
@@ -191,6 +192,11 @@ class Run:
     def scores(self, cell: Cell) -> pd.DataFrame:
         """The episodes of a complete cell: ``episode``, ``step``, ``loss``, ``metric``."""
         return pd.read_parquet(self.cells / cell.id / SCORES)
+
+    def scores_by_step(self, cell: Cell) -> npt.NDArray[np.float64]:
+        """The metric of a complete cell, ``(episodes, steps + 1)``."""
+        scores = self.scores(cell).pivot(index="episode", columns="step", values="metric")
+        return scores.to_numpy(dtype=np.float64)
 
 
 def source_hash(plugin: Path | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,15 +28,25 @@ class SinusoidSource(Source):
     def check(self, spec: EpisodeSpec) -> None:
         """Any number of shots will do, and the ways are not used."""
 
-    def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
+    def waves(
+        self, spec: EpisodeSpec, indices: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Amplitudes and phases ``(B, 1)`` of these episodes, and their points x ``(B, shots +
+        test_shots)``."""
         count = spec.shots + spec.test_shots
         numbers = np.stack([uniform(spec.words(index, 2 + count)) for index in indices])
-        amplitude = _between(AMPLITUDE, numbers[:, :1])
-        phase = _between(PHASE, numbers[:, 1:2])
-        x = _between(INPUTS, numbers[:, 2:])
+        return (
+            _between(AMPLITUDE, numbers[:, :1]),
+            _between(PHASE, numbers[:, 1:2]),
+            _between(INPUTS, numbers[:, 2:]),
+        )
+
+    def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
+        amplitude, phase, x = self.waves(spec, indices)
         y = amplitude * np.sin(x - phase)
         inputs, targets = (
-            torch.from_numpy(values[..., None]).to(self.device, torch.float32) for values in (x, y)
+            torch.from_numpy(values).to(self.device, torch.float32)
+            for values in (self.inputs(amplitude, phase, x), y[..., None])
         )
         shots = spec.shots
         return {
@@ -44,8 +54,27 @@ class SinusoidSource(Source):
             "test": (inputs[:, shots:], targets[:, shots:]),
         }
 
+    def inputs(self, amplitude: np.ndarray, phase: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """What a network is given of a wave at its points: x alone, ``(B, n, 1)``."""
+        return x[..., None]
+
     def to(self, device: torch.device | str) -> SinusoidSource:
-        return SinusoidSource(device)
+        return type(self)(device)
+
+
+@dataclass(frozen=True)
+class OracleSource(SinusoidSource):
+    """The same waves and points, with each wave's amplitude and phase told beside x."""
+
+    sample_shape = (3,)
+
+    def waves(
+        self, spec: EpisodeSpec, indices: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return super().waves(replace(spec, dataset=Sinusoid.name), indices)
+
+    def inputs(self, amplitude: np.ndarray, phase: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return np.stack(np.broadcast_arrays(x, amplitude, phase), axis=-1)
 
 
 def _between(limits: tuple[float, float], numbers: np.ndarray) -> np.ndarray:
@@ -61,3 +90,13 @@ class Sinusoid(Dataset):
 
     def load(self, split: str) -> SinusoidSource:
         return SinusoidSource()
+
+
+@register("sinusoid_oracle")
+class SinusoidOracle(Dataset):
+    """The same episodes for the paper's oracle, whose inputs are x, amplitude and phase."""
+
+    summary = "the same sine waves, amplitude and phase told as inputs (oracle)"
+
+    def load(self, split: str) -> OracleSource:
+        return OracleSource()

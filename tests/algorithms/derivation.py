@@ -123,7 +123,7 @@ def meta_gradient(
             theta,
             (xs, ys),
             adapted,
-            steps=steps,
+            steps=0 if algorithm == "pretrained" else steps,
             lr=lr,
             optimizer=optimizer,
             create_graph=algorithm in SECOND_ORDER,

@@ -19,7 +19,7 @@ from algorithms.verification import verify
 from tests.algorithms import derivation
 from tests.algorithms.test_meta_gradients import make_model, relative_error
 
-ALGORITHMS = ("maml", "fomaml", "reptile", "anil")
+ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "pretrained")
 SHAPES = {"conv4": (1, 20, 20), "conv4_mean": (1, 20, 20), "conv4_pool": (2, 16, 17), "fc": (7,)}
 
 

@@ -8,7 +8,7 @@ from algorithms.imaml import conjugate_gradient
 from algorithms.normalisation import MODES
 from tests.algorithms import derivation
 
-ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "boil")
+ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "boil", "pretrained")
 ENGINES = ("higher", "batched")
 LR = 0.3
 

@@ -97,3 +97,9 @@ def test_a_sweep_written_down_asks_for_the_same_cells() -> None:
     sweep = Sweep(algos=["maml"], shots=[1, 5], devices=["cpu"], inner_lr=0.2)
     again = Sweep(**sweep.model_dump(mode="json", exclude_none=True))
     assert [c.id for c in again.cells()] == [c.id for c in sweep.cells()]
+
+
+def test_gradients_of_a_meta_step_count_the_inner_steps_that_are_taken() -> None:
+    maml, pretrained = cells(algos="maml,pretrained", inner_steps=3, meta_batch=10)
+    assert maml.gradients_per_step == 40
+    assert pretrained.gradients_per_step == 10

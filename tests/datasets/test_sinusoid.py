@@ -77,3 +77,13 @@ def test_another_seed_or_split_is_another_stream(batch: Batch, change: dict[str,
 def test_a_split_it_has_not_is_refused() -> None:
     with pytest.raises(DatasetError, match="sinusoid has no 'dev' split; it has train, val, test"):
         datasets.loader("sinusoid", split="dev")
+
+
+def test_the_oracle_is_told_amplitude_and_phase_of_the_very_same_waves(batch: Batch) -> None:
+    told = datasets.loader("sinusoid_oracle", shots=5, test_shots=20, batch_size=TASKS)[0]
+    for half in ("train", "test"):
+        (x, y), (inputs, targets) = batch[half], told[half]
+        assert torch.equal(inputs[..., :1], x)
+        assert torch.equal(targets, y)
+        amplitude, phase = inputs[..., 1:2], inputs[..., 2:]
+        torch.testing.assert_close(amplitude * torch.sin(x - phase), y, rtol=0, atol=1e-5)
