@@ -20,7 +20,7 @@ import datasets
 from algorithms import AlgorithmError
 from bench.errors import BenchError
 from bench.plugins import load_plugin
-from bench.sweep import Cell, Sweep, read_sweep
+from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, varied
 from datasets import DatasetError
 
 app = typer.Typer(
@@ -72,6 +72,14 @@ def run(
     shots: Annotated[str | None, _axis("Support samples a class. Default: 1.")] = None,
     seeds: Annotated[str | None, _axis("Seeds of training. Default: 0.")] = None,
     devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any setting or hyperparameter as an axis, such as inner_lr=0.1,0.2; repeatable.",
+            rich_help_panel=AXES,
+            metavar="NAME=LIST",
+        ),
+    ] = None,
     iterations: Annotated[str | None, _training("Meta-training steps.")] = None,
     meta_batch: Annotated[str | None, _training("Tasks a meta-step.")] = None,
     train_shots: Annotated[
@@ -131,14 +139,16 @@ def run(
     from bench.progress import Display, reuse_notes, summary_table
 
     given = {name: value for name, value in locals().items() if value not in (None, False)}
-    asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
-    sweep = read_sweep(config, asked)
+    known = (*Sweep.model_fields, *OPTIONS)
+    sweep = read_sweep(config, {name: value for name, value in given.items() if name in known})
     load_plugin(sweep.plugin)
     cells = sweep.cells()
     sources = runner.Sources(sweep.data_root, sweep.download)
     console = Console()
     with console.status("reading the data and checking gradients"):
         runner.check(cells, sources)
+    for note in sweep.notes():
+        console.print(note)
     if dry_run:
         with console.status("timing a few steps of each kind of cell"):
             seconds = runner.estimate_seconds(cells, sources)
@@ -151,7 +161,7 @@ def run(
         console.print(f"interrupted; the same command goes on from here (results in {folder})")
         raise
     mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
-    console.print(summary_table(mine))
+    console.print(summary_table(mine, varied(cell.row() for cell in cells)))
     console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
     for note in reuse_notes(mine):
         console.print(note)
@@ -162,9 +172,10 @@ def run(
 
 def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) -> None:
     table = Table("cell", "iterations", "meta-batch", "inner steps", "episodes", "about")
+    called = names(cells)
     for cell in cells:
         table.add_row(
-            str(cell),
+            called[cell.id],
             str(cell.iterations),
             str(cell.meta_batch),
             str(cell.hyperparameters.get("inner_steps", "")),
