@@ -187,6 +187,65 @@ def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) 
 
 
 @app.command()
+def search(
+    space: Annotated[
+        str,
+        typer.Option(
+            help="What is searched: inner_lr=0.01:1:log,inner_steps=1:5,norm=support|single.",
+            show_default=False,
+        ),
+    ],
+    algos: Annotated[str, _axis("Algorithms, each searched for itself, with as many trials.")],
+    trials: Annotated[int, typer.Option(min=1, help="Trials of each algorithm.")] = 20,
+    datasets: Annotated[str | None, _axis("The dataset. Default: glyphs.")] = None,
+    ways: Annotated[str | None, _axis("Classes an episode. Default: 5.")] = None,
+    shots: Annotated[str | None, _axis("Support samples a class. Default: 1.")] = None,
+    seeds: Annotated[str | None, _axis("The seed of training and search. Default: 0.")] = None,
+    devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="A setting that is held fixed; repeatable.", metavar="NAME=VALUE"),
+    ] = None,
+    data_root: Annotated[
+        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
+    ] = False,
+    config: Annotated[
+        Path | None, _place("TOML file with settings; options come before it.")
+    ] = None,
+    plugin: Annotated[
+        Path | None, _place("Python file that registers algorithms or datasets.")
+    ] = None,
+    out: Annotated[
+        Path | None, _place("The search's folder. Default: results/ and a hash of what is asked.")
+    ] = None,
+) -> None:
+    """Search for hyperparameters by validation episodes alone; the test split is not read.
+
+    For example: python -m bench search --algos maml --space inner_lr=0.01:1:log --trials 20
+    """
+    given = {name: value for name, value in locals().items() if value not in (None, False)}
+    from bench import search as searches
+    from bench.runner import Sources
+
+    asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
+    sweep = read_sweep(config, asked)
+    load_plugin(sweep.plugin)
+    sources = Sources(sweep.data_root, sweep.download)
+    found = searches.prepare(sweep, space, sources)
+    folder = out or found.default_folder
+    written = searches.run(found, trials, sources, folder, print)
+    print(f"table: {folder / 'trials.csv'}")
+    for path in written:
+        print(f"best:  {path}; python -m bench run --config {path} tests it")
+    if len(written) < len(found.cells):
+        print("no trial of an algorithm was complete")
+        raise typer.Exit(1)
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of runs.", metavar="RUN...", show_default=False)

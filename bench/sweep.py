@@ -59,7 +59,7 @@ def _parsed(kind: Callable[[str], Any], item: Any) -> Any:
     return item
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """A value written on the command line: a number or a truth value where it reads as one."""
     for kind in (int, float):
         try:
@@ -72,7 +72,7 @@ def _literal(text: str) -> Any:
 Names = Annotated[list[str], Field(min_length=1), _listed(str)]
 Positives = Annotated[list[Positive], Field(min_length=1), _listed(int)]
 Naturals = Annotated[list[Natural], Field(min_length=1), _listed(int)]
-Values = Annotated[list[Any], Field(min_length=1), _listed(_literal)]
+Values = Annotated[list[Any], Field(min_length=1), _listed(literal)]
 
 
 class Settings(BaseModel):
