@@ -9,9 +9,10 @@ import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -428,6 +429,16 @@ def hyperparameters(algorithm: type[Algorithm]) -> dict[str, Any]:
             found = own | found
             if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in taken):
                 break
+    return found
+
+
+def hyperparameter_types(algorithm: type[Algorithm]) -> dict[str, Any]:
+    """The types of a class's hyperparameters; a class of other hands may leave some unsaid."""
+    found: dict[str, Any] = {}
+    for ancestor in reversed(algorithm.__mro__):
+        if "__init__" in vars(ancestor) and ancestor is not object:
+            with suppress(NameError):  # a name that its file imports for type checkers alone
+                found |= get_type_hints(vars(ancestor)["__init__"])
     return found
 
 

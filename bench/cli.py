@@ -20,7 +20,7 @@ import datasets
 from algorithms import AlgorithmError
 from bench.errors import BenchError
 from bench.plugins import load_plugin
-from bench.sweep import Cell, Sweep, read_sweep
+from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, varied
 from datasets import DatasetError
 
 app = typer.Typer(
@@ -72,6 +72,14 @@ def run(
     shots: Annotated[str | None, _axis("Support samples a class. Default: 1.")] = None,
     seeds: Annotated[str | None, _axis("Seeds of training. Default: 0.")] = None,
     devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any setting or hyperparameter as an axis, such as inner_lr=0.1,0.2; repeatable.",
+            rich_help_panel=AXES,
+            metavar="NAME=LIST",
+        ),
+    ] = None,
     iterations: Annotated[str | None, _training("Meta-training steps.")] = None,
     meta_batch: Annotated[str | None, _training("Tasks a meta-step.")] = None,
     train_shots: Annotated[
@@ -131,8 +139,8 @@ def run(
     from bench.progress import Display, reuse_notes, summary_table
 
     given = {name: value for name, value in locals().items() if value not in (None, False)}
-    asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
-    sweep = read_sweep(config, asked)
+    known = (*Sweep.model_fields, *OPTIONS)
+    sweep = read_sweep(config, {name: value for name, value in given.items() if name in known})
     load_plugin(sweep.plugin)
     cells = sweep.cells()
     sources = runner.Sources(sweep.data_root, sweep.download)
@@ -143,6 +151,8 @@ def run(
     with distributed.led(team):
         with console.status("reading the data and checking gradients"):
             runner.check(cells, sources, team.size)
+        for note in sweep.notes():
+            console.print(note)
         if dry_run:
             with console.status("timing a few steps of each kind of cell"):
                 seconds = runner.estimate_seconds(cells, sources)
@@ -155,7 +165,7 @@ def run(
             console.print(f"interrupted; the same command goes on from here (results in {folder})")
             raise
     mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
-    console.print(summary_table(mine))
+    console.print(summary_table(mine, varied(cell.row() for cell in cells)))
     console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
     for note in reuse_notes(mine):
         console.print(note)
@@ -166,9 +176,10 @@ def run(
 
 def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) -> None:
     table = Table("cell", "iterations", "meta-batch", "inner steps", "episodes", "about")
+    called = names(cells)
     for cell in cells:
         table.add_row(
-            str(cell),
+            called[cell.id],
             str(cell.iterations),
             str(cell.meta_batch),
             str(cell.hyperparameters.get("inner_steps", "")),
@@ -177,6 +188,65 @@ def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) 
         )
     console.print(table)
     console.print(f"{len(cells)} cells, about {sum(seconds.values()) / 60:.1f} minutes")
+
+
+@app.command()
+def search(
+    space: Annotated[
+        str,
+        typer.Option(
+            help="What is searched: inner_lr=0.01:1:log,inner_steps=1:5,norm=support|single.",
+            show_default=False,
+        ),
+    ],
+    algos: Annotated[str, _axis("Algorithms, each searched for itself, with as many trials.")],
+    trials: Annotated[int, typer.Option(min=1, help="Trials of each algorithm.")] = 20,
+    datasets: Annotated[str | None, _axis("The dataset. Default: glyphs.")] = None,
+    ways: Annotated[str | None, _axis("Classes an episode. Default: 5.")] = None,
+    shots: Annotated[str | None, _axis("Support samples a class. Default: 1.")] = None,
+    seeds: Annotated[str | None, _axis("The seed of training and search. Default: 0.")] = None,
+    devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="A setting that is held fixed; repeatable.", metavar="NAME=VALUE"),
+    ] = None,
+    data_root: Annotated[
+        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
+    ] = False,
+    config: Annotated[
+        Path | None, _place("TOML file with settings; options come before it.")
+    ] = None,
+    plugin: Annotated[
+        Path | None, _place("Python file that registers algorithms or datasets.")
+    ] = None,
+    out: Annotated[
+        Path | None, _place("The search's folder. Default: results/ and a hash of what is asked.")
+    ] = None,
+) -> None:
+    """Search for hyperparameters by validation episodes alone; the test split is not read.
+
+    For example: python -m bench search --algos maml --space inner_lr=0.01:1:log --trials 20
+    """
+    given = {name: value for name, value in locals().items() if value not in (None, False)}
+    from bench import search as searches
+    from bench.runner import Sources
+
+    asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
+    sweep = read_sweep(config, asked)
+    load_plugin(sweep.plugin)
+    sources = Sources(sweep.data_root, sweep.download)
+    found = searches.prepare(sweep, space, sources)
+    folder = out or found.default_folder
+    written = searches.run(found, trials, sources, folder, print)
+    print(f"table: {folder / 'trials.csv'}")
+    for path in written:
+        print(f"best:  {path}; python -m bench run --config {path} tests it")
+    if len(written) < len(found.cells):
+        print("no trial of an algorithm was complete")
+        raise typer.Exit(1)
 
 
 @app.command()

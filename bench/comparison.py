@@ -7,7 +7,7 @@ paired only where they met the very same test episodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path
@@ -41,7 +41,7 @@ from bench.stats import (
     resolvable_difference,
 )
 from bench.store import PERFORMANCE, Record, Run
-from bench.sweep import Cell
+from bench.sweep import Cell, said
 
 ALPHA = 0.05
 TUNED = frozenset(
@@ -49,8 +49,10 @@ TUNED = frozenset(
     for loop in ("inner", "meta")
     for setting in ("lr", "optimizer", "schedule", "clip")
 )
-"""Settings that each algorithm has a right to its own of; any other that two entrants do not share
-is named beside their difference."""
+"""Settings that each algorithm has a right to its own of, unless they were swept; any other that
+two entrants do not share is named beside their difference."""
+COUNTS = ("samples_per_step", "gradients_per_step")
+"""What other settings come to."""
 
 
 # Cells on disk -> results
@@ -161,11 +163,10 @@ class Entrant:
     def settings(self) -> dict[str, Any]:
         """All that decided its results but the algorithm and the seed."""
         record = self.any.record
-        counts = ("samples_per_step", "gradients_per_step")
         return (
             record.cell.model_dump(exclude={"algorithm", "seed", "hyperparameters"})
             | record.cell.hyperparameters
-            | {name: getattr(record.cell, name) for name in counts}
+            | {name: getattr(record.cell, name) for name in COUNTS}
             | {"engine": record.figures.get("engine"), "source": record.source}
         )
 
@@ -186,18 +187,26 @@ def differing(a: Entrant, b: Entrant) -> dict[str, tuple[Any, Any]]:
     return {name: (x[name], y[name]) for name in x if name in y and x[name] != y[name]}
 
 
+def telling(field: Sequence[Entrant]) -> dict[Entrant, list[str]]:
+    """The settings that tell each entrant from its namesakes at its place."""
+    namesakes: dict[tuple[Any, ...], list[Entrant]] = {}
+    for entrant in field:
+        key = (entrant.algorithm, entrant.place, entrant.any.cell.device)
+        namesakes.setdefault(key, []).append(entrant)
+    return {
+        entrant: sorted(
+            {n for other in group for n in differing(entrant, other) if n not in COUNTS}
+        )
+        for group in namesakes.values()
+        for entrant in group
+    }
+
+
 def labels(field: Sequence[Entrant]) -> dict[Entrant, str]:
     """A name for each entrant: its algorithm's, with what tells it from namesakes at its place."""
     names = {}
-    for entrant in field:
-        namesakes = [
-            other
-            for other in field
-            if (other.algorithm, other.place, other.any.cell.device)
-            == (entrant.algorithm, entrant.place, entrant.any.cell.device)
-        ]
-        telling = sorted({name for other in namesakes for name in differing(entrant, other)})
-        own = ", ".join(f"{name} {entrant.settings[name]}" for name in telling)
+    for entrant, settings in telling(field).items():
+        own = ", ".join(f"{name} {said(entrant.settings[name])}" for name in settings)
         names[entrant] = f"{entrant.algorithm} ({own})" if own else entrant.algorithm
     return names
 
@@ -384,7 +393,8 @@ def compare(folders: Sequence[Path], accept_changed_code: bool = False) -> Compa
     if not pairs:
         why = left_out[0] if left_out else f"all cells are of {field[0].algorithm}, set up alike"
         raise BenchError(f"there is nothing to compare: {why}")
-    rows = [_row(a, b, names, ALPHA / len(pairs)) for a, b in pairs]
+    own = TUNED - {name for settings in telling(field).values() for name in settings}
+    rows = [_row(a, b, names, own, ALPHA / len(pairs)) for a, b in pairs]
     notes += [*left_out, *_doubts(results), *_reuse(results)]
     return Comparison(_corrected(rows), rank(field, names), notes)
 
@@ -421,7 +431,8 @@ def _obstacle(a: Entrant, b: Entrant) -> str | None:
     return None
 
 
-def _row(a: Entrant, b: Entrant, names: dict[Entrant, str], alpha: float) -> Row:
+def _row(a: Entrant, b: Entrant, names: dict[Entrant, str], own: Set[str], alpha: float) -> Row:
+    """Entrant a against b; ``own`` are settings that may differ without a word."""
     seeds = sorted(a.by_seed.keys() & b.by_seed.keys())
     x, y = (np.stack([one.by_seed[seed].scores for seed in seeds]) for one in (a, b))
     found: Difference
@@ -435,7 +446,7 @@ def _row(a: Entrant, b: Entrant, names: dict[Entrant, str], alpha: float) -> Row
     needed = episodes_to_resolve(sampled, resolvable / 2, alpha=alpha) if resolvable else math.nan
     paired = found if isinstance(found, PairedDifference) else None
     cell = a.any.cell
-    unlike = {n: both for n, both in differing(a, b).items() if n not in TUNED}
+    unlike = {n: both for n, both in differing(a, b).items() if n not in own}
     return Row(
         algorithm_a=names[a],
         algorithm_b=names[b],
@@ -460,7 +471,7 @@ def _row(a: Entrant, b: Entrant, names: dict[Entrant, str], alpha: float) -> Row
         resolvable=resolvable,
         enough_for_half=needed,
         **_cost_ratios([(a.by_seed[seed], b.by_seed[seed]) for seed in seeds]),
-        unlike=", ".join(f"{name} {mine} / {other}" for name, (mine, other) in unlike.items()),
+        unlike=", ".join(f"{n} {said(x)} / {said(y)}" for n, (x, y) in unlike.items()),
     )
 
 

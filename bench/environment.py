@@ -38,7 +38,7 @@ def environment(sweep: Sweep) -> dict[str, Any]:
         "blas": blas(),
         "clocks": {"wall": clock("perf_counter"), "process": clock("process_time")},
         "seeds": sweep.seeds,
-        "eval_seed": sweep.eval_seed or 0,
+        "eval_seed": sweep.set.get("eval_seed", [0]),
         "deterministic": deterministic(bool(gpus)),
     }
 

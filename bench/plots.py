@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from bench.files import whole
 from bench.stats import mean_interval
+from bench.sweep import PLACE, in_order, told_apart
 
 if TYPE_CHECKING:
     from bench.tables import Tables
@@ -41,14 +43,32 @@ OVERS = {
     "episodes": "over test episodes (this trained model on new tasks)",
 }
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+MOST_TICKS = 8
+"""Swept values that are written at an axis, each where it is; for more, round numbers are."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 
 
-def draw_all(summary: pd.DataFrame, folder: Path) -> list[Path]:
-    """Draw what a summary allows; the paths of what was drawn."""
+def draw_all(summary: pd.DataFrame, folder: Path, swept: Sequence[str] = ()) -> list[Path]:
+    """Draw what a summary allows; the paths of what was drawn.
+
+    Args:
+        summary: the rows.
+        folder: where the figures go.
+        swept: settings that tell rows of one algorithm apart: each is drawn for itself.
+    """
     complete = summary[summary["status"] == "complete"]
     if complete.empty:
         return []
+    rows = [
+        dict(zip((*PLACE, *swept), values, strict=True))
+        for values in complete[[*PLACE, *swept]].itertuples(index=False)
+    ]
+    complete = complete.assign(
+        algorithm=[
+            f"{row['algorithm']} ({own})" if own else row["algorithm"]
+            for row, own in zip(rows, told_apart(rows), strict=True)
+        ]
+    )
     return save(accuracy(complete), folder / "accuracy")
 
 
@@ -97,7 +117,8 @@ def scores_by_shots(scores: pd.DataFrame, meaning: str) -> Figure:
     sns.set_theme(style="whitegrid", font_scale=0.9, rc=THIN)
     algorithms = list(dict.fromkeys(scores["algorithm"]))
     panels = list(scores.groupby(["dataset", "ways", "metric"], sort=False))
-    figure = Figure(figsize=(1.5 + 3.4 * len(panels), 3.6), layout="constrained")
+    width = 0.9 + 0.08 * max(map(len, algorithms)) + 3.4 * len(panels)
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (_, panel) in zip(axes, panels, strict=True):
         _panel(axis, panel, algorithms)
@@ -112,7 +133,7 @@ def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
     shots = sorted(panel["shots"].unique())
     for index, name in enumerate(algorithms):
         mine = panel[panel["algorithm"] == name].sort_values("shots")
-        beside = 0.12 * (index - (len(algorithms) - 1) / 2)
+        beside = min(0.12, 0.9 / len(algorithms)) * (index - (len(algorithms) - 1) / 2)
         axis.errorbar(
             [shots.index(s) + beside for s in mine["shots"]],
             mine["mean"],
@@ -161,6 +182,8 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
         "cost": cost(board, "step_ms", meaning),
         "memory": cost(board, "peak_memory_bytes", meaning),
     }
+    if len(tables.sensitivity):
+        figures["sensitivity"] = sensitivity(board, tables.sensitivity, meaning)
     if len(tables.growth):
         figures["memory_steps"] = growth(board, tables.growth)
     return [path for name, figure in figures.items() for path in save(figure, folder / name)]
@@ -186,6 +209,50 @@ def growth(board: pd.DataFrame, points: pd.DataFrame) -> Figure:
         axis.set_ylabel("peak memory, MiB")
         axis.set_ylim(bottom=0)
     return figure
+
+
+def sensitivity(board: pd.DataFrame, points: pd.DataFrame, meaning: str) -> Figure:
+    """The score over the values of each swept setting, a panel a setting and task.
+
+    Args:
+        board: the leaderboard.
+        points: as in :class:`bench.tables.Tables`.
+        meaning: what the intervals speak of.
+    """
+    places = board[["entry", "dataset", "ways", "shots", "device", "metric"]]
+    lines = points.merge(places, on="entry").assign(label=points["line"])
+    figure, panels = _grid(lines, f"bars: 95% intervals {meaning}", by=["axis"])
+    for axis, mine in panels:
+        scale = _scale(mine)
+        values = sorted(mine["value"].unique(), key=in_order)
+        numbers = all(isinstance(value, int | float) for value in values)
+        for label, line in mine.groupby("label", sort=False):
+            style = _style(str(label), lines)
+            axis.errorbar(
+                line["value"] if numbers else [values.index(value) for value in line["value"]],
+                scale * line["mean"],
+                yerr=scale * (line["high"] - line["low"]).fillna(0) / 2,
+                **style | ({} if numbers else {"linestyle": "none"}),
+                markersize=5,
+                capsize=3,
+                elinewidth=1,
+            )
+        if numbers and spans(values):
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_locator(NullLocator())
+        if len(values) <= MOST_TICKS:
+            axis.set_xticks(
+                values if numbers else range(len(values)),
+                [f"{v:g}" if numbers else v for v in values],
+            )
+        axis.set_xlabel(mine["axis"].iloc[0].replace("_", " "))
+        axis.grid(False, axis="x")
+    return figure
+
+
+def spans(values: Sequence[float]) -> bool:
+    """Whether values are so far apart that a logarithmic axis shows them better."""
+    return min(values) > 0 and max(values) >= 8 * min(values)
 
 
 def learning(board: pd.DataFrame, points: pd.DataFrame, against: str) -> Figure:
@@ -237,19 +304,21 @@ def cost(board: pd.DataFrame, measure: str, meaning: str) -> Figure:
 
 
 def _grid(
-    board: pd.DataFrame, note: str, lines: bool = True
+    board: pd.DataFrame, note: str, lines: bool = True, by: Sequence[str] = ()
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """A figure with a panel for each setting, a legend of all entries, and a line of text."""
+    """A figure with a panel for each setting (and value of the columns ``by``), a legend of all
+    entries, and a line of text."""
     sns.set_theme(style="whitegrid", font_scale=0.9, rc=THIN)
-    settings = list(board.groupby(["dataset", "ways", "shots", "device"], sort=False))
+    settings = list(board.groupby(["dataset", "ways", "shots", "device", *by], sort=False))
     columns = min(4, len(settings))
     rows = -(-len(settings) // columns)
-    figure = Figure(figsize=(1.6 + 3.3 * columns, 0.6 + 2.9 * rows), layout="constrained")
+    width = 1.0 + 0.08 * board["label"].str.len().max() + 3.3 * columns
+    figure = Figure(figsize=(width, 0.6 + 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in axes[len(settings) :]:
         unused.remove()
     panels = []
-    for axis, ((dataset, ways, shots, device), entries) in zip(axes, settings, strict=False):
+    for axis, ((dataset, ways, shots, device, *_), entries) in zip(axes, settings, strict=False):
         accurate = entries["metric"].iloc[0] == "accuracy"
         shape = f"{ways}-way {shots}-shot" if accurate else f"{shots}-shot"
         where = f", {device}" if board["device"].nunique() > 1 else ""

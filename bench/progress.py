@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from bench.store import Record
-from bench.sweep import Cell
+from bench.sweep import Cell, names
 from bench.training import Progress as TrainingProgress
 
 LINE_SECONDS = 30.0
@@ -45,11 +45,14 @@ class Display:
         )
         self.sweep = self.bars.add_task("cells", total=None, note="")
         self.work = self.bars.add_task("", total=None, note="", visible=False)
+        self.names: dict[str, str] = {}
         self.label = ""
         self.last_line = time.monotonic()
 
-    def begin(self, total: int, done: int) -> None:
+    def begin(self, cells: Sequence[Cell], done: int) -> None:
         """The sweep starts; ``done`` cells were there already."""
+        self.names = names(cells)
+        total = len(cells)
         self.bars.update(self.sweep, total=total, completed=done)
         self.bars.start()
         if done:
@@ -61,7 +64,7 @@ class Display:
 
     def training(self, cell: Cell) -> None:
         """A cell starts to be trained."""
-        self._work(str(cell), cell.iterations)
+        self._work(self.names[cell.id], cell.iterations)
 
     def iteration(self, progress: TrainingProgress) -> None:
         """A meta-step is done."""
@@ -72,7 +75,7 @@ class Display:
 
     def evaluating(self, cell: Cell) -> None:
         """A cell starts to be evaluated on the test split."""
-        self._work(f"{cell}: test episodes", cell.episodes)
+        self._work(f"{self.names[cell.id]}: test episodes", cell.episodes)
 
     def episode(self, done: int) -> None:
         """Test episodes are done."""
@@ -87,13 +90,14 @@ class Display:
         self.bars.advance(self.sweep)
         figures = record.figures
         self.console.print(
-            f"{record.cell}: {score(figures)}, trained in {figures['train_seconds']:.0f} s"
+            f"{self.names[record.cell.id]}: {score(figures)}, "
+            f"trained in {figures['train_seconds']:.0f} s"
         )
 
     def failed(self, cell: Cell, reason: str) -> None:
         """A cell came to nothing."""
         self.bars.advance(self.sweep)
-        self.console.print(f"[red]{cell} failed:[/red] {reason}")
+        self.console.print(f"[red]{self.names[cell.id]} failed:[/red] {reason}")
 
     def _work(self, label: str, total: int | None) -> None:
         self.label, self.total = label, total
@@ -118,14 +122,20 @@ def score(row: pd.Series | dict[str, object]) -> str:
     return f"{row['metric']} {mean:.3f} ± {half:.3f}"
 
 
-def summary_table(summary: pd.DataFrame) -> Table:
-    """The summary for a terminal: the settings that all cells share stand below it."""
+def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
+    """The summary for a terminal: the settings that all cells share stand below it.
+
+    Args:
+        summary: its rows.
+        swept: settings that tell rows of one algorithm apart, to be shown besides the usual.
+    """
+    settings = list(dict.fromkeys([*SETTINGS, *swept]))
     shared = [
         f"{name.replace('_', ' ')} {summary[name].iloc[0]}"
-        for name in SETTINGS
+        for name in settings
         if summary[name].nunique(dropna=False) == 1 and summary[name].notna().all()
     ]
-    varying = [name for name in SETTINGS if summary[name].nunique(dropna=False) > 1]
+    varying = [name for name in settings if summary[name].nunique(dropna=False) > 1]
     table = Table(
         title="± is the 95% interval over test episodes: this trained model on new tasks",
         caption="all: " + ", ".join(shared) if shared else None,
@@ -138,7 +148,7 @@ def summary_table(summary: pd.DataFrame) -> Table:
     table.add_column("algorithm", no_wrap=True)
     table.add_column("episodes of", no_wrap=True)
     for name in varying:
-        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column(name.replace("_", " "), justify="right")  # a long head takes two lines
     for column in ("score", "meta-step", "episode", "memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():

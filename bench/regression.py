@@ -23,6 +23,7 @@ from bench.errors import BenchError
 from bench.measure import CALIBRATION, EVALUATION, STEP
 from bench.stats import Floats, Interval, episodes_to_resolve, non_inferiority
 from bench.store import Run
+from bench.sweep import told_apart
 
 Verdict = Literal["ok", "worse", "not ruled out", "too noisy"]
 ALARMS = ("worse", "not ruled out")
@@ -244,9 +245,11 @@ def _by_setting(
         key = tuple(result.cell.seedless_id for result in pair)
         groups.setdefault(key, []).append(pair)
     named: dict[str, list[tuple[Result, Result]]] = {}
-    for (cell_id, _), group in groups.items():
+    owns = told_apart([group[0][0].cell.row() for group in groups.values()])
+    for ((cell_id, _), group), own in zip(groups.items(), owns, strict=True):
         cell = group[0][0].cell
         name = f"{cell.algorithm} on {cell.dataset} {cell.ways}-way {cell.shots}-shot"
+        name = f"{name} ({own})" if own else name
         named[f"{name} ({cell_id})" if name in named else name] = group
     return named
 
@@ -314,7 +317,7 @@ def _costs(setting: str, group: Sequence[tuple[Result, Result]], slowdown: float
 def _log_cost(result: Result, phase: str, column: str) -> Floats:
     """Logarithms of a cost, one a repeat; a time is divided by that of the same repeat's
     calibration. Empty where it was not measured."""
-    rows = result.performance
+    rows = result.performance[result.performance["phase"].isin([phase, CALIBRATION])]
     by_phase = rows.pivot(index="repeat", columns="phase", values=column).astype(float)
     unit = 1.0 if column == MEMORY else by_phase.get(CALIBRATION, math.nan)
     cost = by_phase.get(phase, pd.Series(dtype=float)) / unit

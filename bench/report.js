@@ -4,7 +4,7 @@
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
-for (const curve of ["adaptation", "learning", "growth"]) {
+for (const curve of ["sensitivity", "adaptation", "learning", "growth"]) {
   const { columns, rows } = data[curve];
   data[curve] = rows.map((row) => Object.fromEntries(columns.map((name, i) => [name, row[i]])));
 }
@@ -147,6 +147,46 @@ function lines(entries, points, x) {
   });
 }
 
+function sensitivity(entries, task) {
+  const axis = choice("sensitivity-axis");
+  const title = $("sensitivity-axis").selectedOptions[0].text;
+  const mine = new Set(entries.map((entry) => entry.entry));
+  const points = data.sensitivity.filter((point) => point.axis === axis && mine.has(point.entry));
+  const all = data.sensitivity.filter((point) => point.axis === axis).map((point) => point.line);
+  const looks = new Map([...new Set(all)].map((line, style) => [line, { style }]));
+  const values = [...new Set(points.map((point) => point.value))];
+  const numbers = values.every((value) => typeof value === "number");
+  const [least, most] = numbers ? [Math.min(...values), Math.max(...values)] : [0, 0];
+  const ticks = numbers && values.length <= 8 ? { tickvals: values, ticktext: values.map(String) } : {};
+  const reach = (point, bound) => (point[bound] === null ? 0 : Math.abs(point[bound] - point.mean));
+  const traces = [...looks].flatMap(([line, look]) => {
+    const along = points.filter((point) => point.line === line);
+    if (along.length === 0) return [];
+    return [
+      {
+        x: along.map((point) => point.value), y: along.map((point) => point.mean),
+        name: plain(line), type: "scatter", mode: numbers ? "lines+markers" : "markers",
+        line: { color: colour(look), dash: dash(look), width: 2 },
+        marker: { color: colour(look), symbol: symbol(look), size: 8 },
+        error_y: {
+          type: "data", symmetric: false, color: colour(look), thickness: 1.4, width: 5,
+          array: along.map((p) => reach(p, "high")), arrayminus: along.map((p) => reach(p, "low")),
+        },
+        hovertemplate: "%{fullData.name}: %{y:.4g} at %{x}<extra></extra>",
+      },
+    ];
+  });
+  const kind = !numbers ? "category" : least > 0 && most >= 8 * least ? "log" : "linear";
+  return {
+    traces,
+    x: { title, type: kind, ...ticks },
+    y: { title: task.axis, range: within(points) },
+    chance: { along: "y", value: task.chance },
+    columns: ["algorithm", title, task.axis, "low", "high"],
+    rows: points.map((p) => [p.line, p.value, p.mean, p.low, p.high]),
+  };
+}
+
 function adaptation(entries, task) {
   const mine = new Map(entries.map((entry) => [entry.entry, entry.label]));
   const points = data.adaptation.filter((point) => mine.has(point.entry));
@@ -237,7 +277,7 @@ function cost(entries, task) {
   };
 }
 
-const CHARTS = { scores, adaptation, learning, growth, cost };
+const CHARTS = { scores, sensitivity, adaptation, learning, growth, cost };
 
 function axis(settings) {
   return {
@@ -303,7 +343,8 @@ function showTask() {
   for (const part of document.querySelectorAll("[data-task]")) {
     part.hidden = part.dataset.task !== choice("task");
   }
-  Object.keys(CHARTS).forEach(draw);
+  // A run in which nothing was swept has no chart of it.
+  Object.keys(CHARTS).filter((name) => $(`chart-${name}`)).forEach(draw);
 }
 
 // Plotly comes packed in the page; the policy lets exactly this text run.
@@ -321,6 +362,7 @@ async function start() {
   showTask();
   $("task").addEventListener("change", showTask);
   for (const id of ["learning-x", "learning-of"]) $(id).addEventListener("change", () => draw("learning"));
+  $("sensitivity-axis")?.addEventListener("change", () => draw("sensitivity"));
   $("cost-x").addEventListener("change", () => draw("cost"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTask);
   document.documentElement.dataset.ready = "yes";

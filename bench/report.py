@@ -38,12 +38,6 @@ from bench.store import Run
 from bench.sweep import Sweep
 from bench.tables import FAIRNESS, SETTING, Tables
 
-FILE_ONLY = (
-    *("meta_optimizer", "meta_schedule", "meta_clip", "val_episodes", "val_every"),
-    "hyperparameters",
-)
-"""What a sweep's file can say and the command line cannot."""
-
 HALF_WIDTHS = ("ci_seeds", "ci_episodes", "ci95_classes")
 """Of an entry's intervals, as the leaderboard shows them."""
 
@@ -60,12 +54,19 @@ MEASURED = {
 }
 """What the leaderboard shows of an entry's costs: head, unit, digits after the point."""
 
-CHARTS = [
+CHARTS: list[dict[str, Any]] = [
     {
         "id": "scores",
         "title": "Score",
         "says": "After the last inner step. Grey bar: 95% interval over episodes (these trained "
         "models, new tasks); thin whisker: over seeds (the algorithm, trained again).",
+    },
+    {
+        "id": "sensitivity",
+        "title": "Sensitivity",
+        "says": "Score over the values of a setting that was swept, all else being equal. Bars: "
+        "95% intervals, over seeds where there are two or more, else over episodes.",
+        "controls": [{"id": "sensitivity-axis", "title": "Setting", "options": []}],
     },
     {
         "id": "adaptation",
@@ -156,14 +157,21 @@ def _compared(folder: Path) -> tuple[Comparison | None, list[str]]:
 def reproduction(sweep: Sweep) -> str:
     """The options that ask for what a sweep asks for."""
     words = ["python", "-m", "bench", "run"]
-    asked = sweep.model_dump(mode="json", exclude_none=True, exclude=set(FILE_ONLY))
+    asked = sweep.model_dump(mode="json", exclude_none=True)
+    swept = asked.pop("set")
     for name, value in asked.items():
         option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
         elif value is not False:
-            words += [option, ",".join(map(str, value)) if name in AXES else str(value)]
+            words += [option, _list(value) if name in AXES else str(value)]
+    for name, values in swept.items():
+        words += ["--set", f"{name}={_list(values)}"]
     return shlex.join(words)
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
 
 
 # The page
@@ -189,15 +197,12 @@ def page(folder: Path, found: Tables, rows: Sequence[Row], notes: Sequence[str])
         **_leaderboard(found, tasks),
         notes=[note for note in notes if not note.startswith("left out")],
         tasks=tasks,
-        charts=CHARTS,
+        charts=_charts(found),
         matrices=[_matrix(task, mine) for task in tasks if (mine := findings.pairs(task, rows))],
         comparison_note=" ".join(n for n in notes if not rows or n.startswith("left out")),
         faults=found.faults.to_dict("records"),
         fault_counts=_fault_counts(found.faults),
         command=reproduction(sweep) if sweep else "",
-        file_only=", ".join(
-            f"{name} = {getattr(sweep, name)}" for name in FILE_ONLY if getattr(sweep, name, None)
-        ),
         asked=(folder / "sweep.toml").read_text(encoding="utf-8") if sweep else "",
         environment=_environment(folder / "environment.json"),
         settings=_settings(found.leaderboard),
@@ -381,6 +386,23 @@ def _number(value: float, digits: int) -> Shown:
 # Charts and matrices
 
 
+def _charts(found: Tables) -> list[dict[str, Any]]:
+    """The charts that this run has something for."""
+    axes = list(dict.fromkeys(found.sensitivity["axis"]))
+    choices = {"sensitivity-axis": [(name, name.replace("_", " ")) for name in axes]}
+    return [
+        chart
+        | {
+            "controls": [
+                control | {"options": choices.get(control["id"], control["options"])}
+                for control in chart.get("controls", [])
+            ]
+        }
+        for chart in CHARTS
+        if axes or chart["id"] != "sensitivity"
+    ]
+
+
 def _chart_data(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
     """The numbers behind the charts, in the units that are shown."""
     styles = {label: i for i, label in enumerate(dict.fromkeys(found.leaderboard["label"]))}
@@ -404,6 +426,7 @@ def _chart_data(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
         "entries": entries,
         "adaptation": _points(found.adaptation, scales),
         "learning": _points(found.learning, scales),
+        "sensitivity": _points(found.sensitivity, scales),
         "growth": _points(found.growth, dict.fromkeys(scales, 1.0)),
     }
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -96,8 +95,17 @@ def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
                 f"with {cell.test_shots} test shots in its test split, not {cell.episodes}; "
                 f"give --episodes {there}"
             )
-    for cell in {(c.algorithm, c.dataset, c.ways, c.shots): c for c in cells}.values():
+        build(
+            cell.model_copy(update={"device": "cpu"}), sources.require(cell.dataset, "train", "cpu")
+        )
+    for cell in {_computed(cell): cell for cell in cells}.values():
         check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))
+
+
+def _computed(cell: Cell) -> tuple[Any, ...]:
+    """What decides how a cell's gradient is computed: not the size of a step."""
+    own = {n: v for n, v in cell.hyperparameters.items() if not isinstance(v, float)}
+    return (cell.algorithm, cell.dataset, cell.ways, cell.shots, cell.model, str(own))
 
 
 def check_gradient(cell: Cell, source: Source) -> None:
@@ -171,16 +179,31 @@ def run(
             "--accept-changed-code to put old and new side by side"
         )
     with store.start(sweep), interruptible() as interrupted:
-        display.begin(total=len(cells), done=sum(cell.id in known for cell in cells))
+        display.begin(cells, done=sum(cell.id in known for cell in cells))
         try:
-            for _, group in itertools.groupby(cells, key=lambda cell: cell.setting):
+            for group in side_by_side(cells):
                 todo = [cell for cell in group if cell.id not in known]
                 _run_group(todo, store, source, sweep, sources, display, interrupted, team)
         finally:
             display.end()
         summary = store.write_summary()
-        plots.draw_all(summary, store.figures)
+        plots.draw_all(summary, store.figures, store.swept())
     return summary
+
+
+def side_by_side(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
+    """The cells in the groups that are measured in turns: of one setting, and each algorithm once,
+    so that a sweep of a hyperparameter does not multiply the processes that are held at a time."""
+    group: list[Cell] = []
+    for cell in cells:
+        if group and (
+            cell.setting != group[0].setting or cell.algorithm in {c.algorithm for c in group}
+        ):
+            yield group
+            group = []
+        group.append(cell)
+    if group:
+        yield group
 
 
 def _run_group(

@@ -22,7 +22,7 @@ import tomli_w
 from bench.environment import environment
 from bench.errors import BenchError
 from bench.files import whole, write_text
-from bench.sweep import Cell, Sweep
+from bench.sweep import Cell, Sweep, in_order, varied
 
 SCORES = "episodes.parquet"
 TRAINING = "training.parquet"
@@ -59,12 +59,11 @@ class Record:
     def row(self) -> dict[str, Any]:
         """This cell's row of the summary; what was not measured is absent."""
         cell = self.cell
-        settings = cell.model_dump() | cell.hyperparameters
         counts = {
             "samples_per_step": cell.samples_per_step,
             "gradients_per_step": cell.gradients_per_step,
         }
-        return settings | counts | self.figures | {"cell_id": cell.id, "status": "complete"}
+        return cell.row() | counts | self.figures | {"cell_id": cell.id, "status": "complete"}
 
 
 class Run:
@@ -163,12 +162,10 @@ class Run:
     def records(self) -> list[Record]:
         """The complete cells, in the order of their settings."""
         records = [record for cell_id in self.cell_ids() if (record := self.record(cell_id))]
+        rows = {record.cell.id: record.cell.row() for record in records}
+        order = ("dataset", "ways", "shots", "algorithm", "seed", *varied(rows.values()))
         return sorted(
-            records,
-            key=lambda record: [
-                getattr(record.cell, name)
-                for name in ("dataset", "ways", "shots", "algorithm", "seed")
-            ],
+            records, key=lambda record: [in_order(rows[record.cell.id].get(name)) for name in order]
         )
 
     def failures(self) -> dict[str, Any]:
@@ -180,14 +177,26 @@ class Run:
         return failures
 
     def summary(self) -> pd.DataFrame:
-        """One row a cell, with the columns of :data:`SUMMARY_COLUMNS`."""
+        """One row a cell, with the columns of :data:`SUMMARY_COLUMNS` and of :meth:`swept`."""
         rows = [record.row() for record in self.records()]
-        for cell_id, failure in self.failures().items():
-            settings = failure["settings"]
-            rows.append(
-                settings | settings["hyperparameters"] | {"cell_id": cell_id, "status": "failed"}
-            )
-        return pd.DataFrame(rows).reindex(columns=list(SUMMARY_COLUMNS))
+        rows += [
+            settings | {"cell_id": cell_id, "status": "failed"}
+            for cell_id, settings in self._failed().items()
+        ]
+        columns = dict.fromkeys((*SUMMARY_COLUMNS, *self.swept()))
+        return pd.DataFrame(rows).reindex(columns=list(columns))
+
+    def swept(self) -> list[str]:
+        """The settings that tell cells of one algorithm apart where nothing else does."""
+        return varied([*(r.cell.row() for r in self.records()), *self._failed().values()])
+
+    def _failed(self) -> dict[str, dict[str, Any]]:
+        """The settings of failed cells, each in one table."""
+        return {
+            cell_id: {n: v for n, v in failure["settings"].items() if n != "hyperparameters"}
+            | failure["settings"]["hyperparameters"]
+            for cell_id, failure in self.failures().items()
+        }
 
     def scores(self, cell: Cell) -> pd.DataFrame:
         """The episodes of a complete cell: ``episode``, ``step``, ``loss``, ``metric``."""

@@ -7,12 +7,21 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 import algorithms
 import datasets
@@ -50,9 +59,20 @@ def _parsed(kind: Callable[[str], Any], item: Any) -> Any:
     return item
 
 
+def literal(text: str) -> Any:
+    """A value written on the command line: a number or a truth value where it reads as one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 Names = Annotated[list[str], Field(min_length=1), _listed(str)]
 Positives = Annotated[list[Positive], Field(min_length=1), _listed(int)]
 Naturals = Annotated[list[Natural], Field(min_length=1), _listed(int)]
+Values = Annotated[list[Any], Field(min_length=1), _listed(literal)]
 
 
 class Settings(BaseModel):
@@ -144,6 +164,10 @@ class Cell(Settings):
             count = algorithms.Algorithm.gradients_per_task
         return self.meta_batch * count(self.hyperparameters)
 
+    def row(self) -> dict[str, Any]:
+        """All settings as one table's row, the algorithm's own among them."""
+        return self.model_dump(exclude={"hyperparameters"}) | self.hyperparameters
+
     def __str__(self) -> str:
         setting = f"{self.dataset} {self.ways}-way {self.shots}-shot seed {self.seed}"
         return f"{self.algorithm} {setting}"
@@ -158,8 +182,20 @@ def best_device() -> str:
     return "cpu"
 
 
+COMMON = ("inner_lr", "inner_steps", "norm", "engine")
+"""Hyperparameters of every algorithm over the inner loop, which have options of their own."""
+OPTIONS = (*Settings.model_fields, *COMMON)
+"""What can stand beside the axes: on the command line, where it has an option, and in a file."""
+
+
 class Sweep(BaseModel):
-    """What a user asked for: axes, each a list, and settings; None leaves one to the defaults."""
+    """What a user asked for: axes, each a list.
+
+    Attributes:
+        set: settings, and hyperparameters of the algorithms, by name, each a list of values: an
+            axis too. Those of :data:`OPTIONS` may be given beside the axes, one value or several.
+            What is not here is left to the defaults.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -169,61 +205,94 @@ class Sweep(BaseModel):
     shots: Positives = [1]
     seeds: Naturals = [0]
     devices: Names = Field(default_factory=lambda: [best_device()])
-
-    iterations: Positive | None = None
-    meta_batch: Positive | None = None
-    meta_lr: Rate | None = None
-    meta_optimizer: Literal["adam", "sgd"] | None = None
-    meta_schedule: Literal["constant", "linear", "cosine"] | None = None
-    meta_clip: Rate | None = None
-    test_shots: Positive | None = None
-    train_shots: Positive | None = None
-    eval_steps: Natural | None = None
-    episodes: Annotated[int, Field(ge=2)] | None = None
-    eval_seed: Natural | None = None
-    protocol: Literal["independent", "disjoint"] | None = None
-    val_episodes: Positive | None = None
-    val_every: Positive | None = None
-    model: str | None = None
-
-    inner_lr: Rate | None = None
-    inner_steps: Positive | None = None
-    norm: str | None = None
-    engine: str | None = None
-    hyperparameters: dict[str, Any] = {}
+    set: dict[str, Values] = {}
 
     data_root: Path | None = None
     download: bool = False
     plugin: Path | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Put the settings that were given beside the axes into ``set``."""
+        beside = {name: given[name] for name in given if name in OPTIONS}
+        # Runs of before there was a "set" have their other hyperparameters in a table.
+        within = {**given.get("hyperparameters", {}), **given.get("set", {})}
+        if twice := beside.keys() & within.keys():
+            raise ValueError(f"{min(twice)} is given twice, the second time by 'set'")
+        others = {n: v for n, v in given.items() if n not in (*beside, "hyperparameters")}
+        return others | {"set": beside | within}
+
+    @model_validator(mode="after")
+    def _check(self) -> Sweep:
+        """Refuse what cannot be whatever the algorithms are; theirs may not be loaded yet."""
+        for name, values in self.set.items():
+            if name in type(self).model_fields:
+                raise ValueError(f"{name} is not for 'set': it stands for itself")
+            for value in values if name in Settings.model_fields else ():
+                _setting(name, value)
+        return self
+
     def cells(self) -> list[Cell]:
         """The cells of the grid, those that will be compared with one another side by side.
+
+        A hyperparameter that an algorithm does not have makes it no further cells.
 
         Raises:
             AlgorithmError, DatasetError, BenchError: a name or a value that cannot be.
         """
+        self._check_names()
+        points = [
+            dict(zip(self.set, values, strict=True))
+            for values in itertools.product(*self.set.values())
+        ]
         grid = itertools.product(
-            *(self.datasets, self.ways, self.shots, self.seeds, self.devices, self.algos)
+            *(self.datasets, self.ways, self.shots, self.seeds, self.devices, points, self.algos)
         )
         cells = {cell.id: cell for cell in (self._cell(*point) for point in grid)}
         return list(cells.values())
 
+    def notes(self) -> list[str]:
+        """What was asked of algorithms that do not have it."""
+        lacking = {
+            name: [a for a in self.algos if name not in _hyperparameters(a)]
+            for name in self.set
+            if name not in Settings.model_fields
+        }
+        return [
+            f"note:  {', '.join(algos)} {'has' if len(algos) == 1 else 'have'} no {name}, and "
+            f"{'runs' if len(algos) == 1 else 'run'} without"
+            for name, algos in lacking.items()
+            if algos
+        ]
+
+    def _check_names(self) -> None:
+        owned = {name: None for algorithm in self.algos for name in _hyperparameters(algorithm)}
+        known = (*Settings.model_fields, *owned)
+        for name in self.set:
+            if name not in known and name not in COMMON:
+                who = ", ".join(self.algos)
+                raise BenchError(f"there is no setting {name!r} of {who}{_nearest(name, known)}")
+
     def _cell(
-        self, dataset: str, ways: int, shots: int, seed: int, device: str, algorithm: str
+        self,
+        dataset: str,
+        ways: int,
+        shots: int,
+        seed: int,
+        device: str,
+        point: Mapping[str, Any],
+        algorithm: str,
     ) -> Cell:
         kind = algorithms.get(algorithm)
         datasets.get(dataset)
-        own = algorithms.hyperparameters(kind)
+        own = _hyperparameters(algorithm)
         suited = dict(kind.defaults.get("*", {})) | dict(kind.defaults.get(dataset, {}))
         asked = {
-            name: value
-            for name in type(self).model_fields
-            if name in (*Settings.model_fields, "inner_lr", "inner_steps", "norm", "engine")
-            and (value := getattr(self, name)) is not None
-        } | self.hyperparameters
-        for name in self.hyperparameters:
-            if name not in own:
-                raise BenchError(f"{algorithm} has no hyperparameter {name!r}{_nearest(name, own)}")
+            name: value_of(algorithm, name, value)
+            for name, value in point.items()
+            if name in own or name in Settings.model_fields
+        }
         chosen = suited | asked
         settings = {name: v for name, v in chosen.items() if name in Settings.model_fields}
         settings.setdefault("train_shots", shots)
@@ -242,8 +311,57 @@ class Sweep(BaseModel):
             raise BenchError(f"{algorithm} on {dataset}: {first_fault(error)}") from error
 
 
-def read_sweep(path: Path | None, asked: dict[str, Any]) -> Sweep:
+def _hyperparameters(algorithm: str) -> dict[str, Any]:
+    return algorithms.hyperparameters(algorithms.get(algorithm))
+
+
+def value_of(algorithm: str, name: str, value: Any) -> Any:
+    """A value as the setting's type has it: ``1`` as 1.0 for a float, ``none`` as None.
+
+    Raises:
+        BenchError: it is not of that type.
+    """
+    if name in Settings.model_fields:
+        try:
+            return _setting(name, value)
+        except ValueError as error:
+            raise BenchError(str(error)) from error
+    types = algorithms.hyperparameter_types(algorithms.get(algorithm))
+    try:
+        return _typed(_adapter(types.get(name, Any)).validate_python, value)
+    except ValidationError as error:
+        raise BenchError(f"{algorithm}: {name.replace('_', '-')}: {_complaint(error)}") from error
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Raises :class:`ValueError` for what the setting cannot be."""
+    try:
+        return _typed(lambda given: getattr(Settings(**{name: given}), name), value)
+    except ValidationError as error:
+        raise ValueError(first_fault(error)) from error
+
+
+def _typed(validate: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:
+        if value != "none":
+            raise
+        return validate(None)
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def read_sweep(path: Path | None, asked: Mapping[str, Any]) -> Sweep:
     """The sweep of a TOML file, with what the command line asked for put over it.
+
+    Args:
+        path: the file; None for none.
+        asked: fields of :class:`Sweep` and of :data:`OPTIONS`; ``set`` may be a list of
+            ``NAME=VALUE,VALUE``.
 
     Raises:
         BenchError: a file that cannot be read, an unknown key or a value that cannot be.
@@ -256,24 +374,99 @@ def read_sweep(path: Path | None, asked: dict[str, Any]) -> Sweep:
             raise BenchError(f"cannot read {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BenchError(f"{path} is not a TOML file: {error}") from error
+        known = (*Sweep.model_fields, *OPTIONS, "hyperparameters")
         for key in written:
-            if key not in Sweep.model_fields:
-                hint = _nearest(key, Sweep.model_fields)
-                raise BenchError(f"{path}: there is no setting {key!r}{hint}")
+            if key not in known:
+                raise BenchError(f"{path}: there is no setting {key!r}{_nearest(key, known)}")
     try:
-        return Sweep(**(written | asked))
+        over = Sweep(**{**asked, "set": _assigned(asked.get("set", {}))})
+        under = Sweep(**written)
     except ValidationError as error:
         raise BenchError(first_fault(error)) from error
+    given = {name: getattr(over, name) for name in over.model_fields_set}
+    return under.model_copy(update=given | {"set": under.set | over.set})
+
+
+def _assigned(given: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
+    """Assignments ``NAME=VALUE,VALUE`` by their name."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    found: dict[str, Any] = {}
+    for text in given:
+        name, sign, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not sign or not name:
+            raise BenchError(f"--set: {text!r} is not NAME=VALUE,VALUE,...")
+        if name in found:
+            raise BenchError(f"--set: {name} is given twice")
+        found[name] = values
+    return found
+
+
+PLACE = ("algorithm", "dataset", "ways", "shots", "device")
+
+
+def varied(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The settings in which rows of one algorithm at one :data:`PLACE` differ, seeds apart: what
+    tells them from their namesakes."""
+    firsts: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    found: set[str] = set()
+    for row in rows:
+        first = firsts.setdefault(tuple(row[name] for name in PLACE), row)
+        for name in row:
+            if name != "seed" and said(row[name]) != said(first.get(name)):
+                found.add(name)
+    return sorted(found)
+
+
+def told_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells each row from its namesakes: ``inner_lr 0.1, inner_steps 5``; empty where it has
+    none."""
+    namesakes: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        namesakes.setdefault(tuple(row[name] for name in PLACE), []).append(row)
+    telling = {place: varied(group) for place, group in namesakes.items()}
+    return [
+        ", ".join(f"{name} {said(row[name])}" for name in telling[tuple(row[n] for n in PLACE)])
+        for row in rows
+    ]
+
+
+def names(cells: Iterable[Cell]) -> dict[str, str]:
+    """A name for each cell, by its id, with what tells it from its namesakes among them."""
+    cells = list(cells)
+    owns = told_apart([cell.row() for cell in cells])
+    return {
+        cell.id: f"{cell} ({own})" if own else str(cell)
+        for cell, own in zip(cells, owns, strict=True)
+    }
+
+
+def said(value: Any) -> str:
+    """A setting's value for people; that of a table that has none is NaN."""
+    if value is None or value != value:
+        return "none"
+    return str(value)
+
+
+def in_order(value: Any) -> tuple[int, float, str]:
+    """What to sort a setting's values by, numbers before words."""
+    number = isinstance(value, int | float)
+    return (0, value, "") if number else (1, 0, str(value))
 
 
 def first_fault(error: ValidationError) -> str:
     """The first of pydantic's complaints, as one line."""
+    place = [str(part) for part in error.errors()[0]["loc"] if part != "set"]
+    return ": ".join([*(part.replace("_", "-") for part in place[:1]), _complaint(error)])
+
+
+def _complaint(error: ValidationError) -> str:
     fault = error.errors()[0]
-    place = str(fault["loc"][0]) if fault["loc"] else "settings"
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    given = f" (got {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
-    return f"{place.replace('_', '-')}: {message}{given}"
+    plain = isinstance(fault["input"], str | int | float | list | None)
+    return f"{message} (got {fault['input']!r})" if plain else message
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

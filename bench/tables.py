@@ -25,7 +25,7 @@ from bench.measure import GROWTH
 from bench.plots import COSTS
 from bench.stats import Over, mean_interval
 from bench.store import CHECKPOINT, PERFORMANCE, RECORD, SCORES, TRAINING, Record, Run
-from bench.sweep import Cell, Sweep, read_sweep
+from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
 
 SETTING = ("dataset", "ways", "shots", "device")
 """What a comparison holds fixed: the task, and the machine that its costs belong to."""
@@ -43,6 +43,7 @@ POINTS = 60
 """Points of a learning curve: a page with 2,000 cells stays small, and no eye sees more."""
 
 CURVE = ("step", "mean", "low", "high")
+SENSITIVITY = ("axis", "value", "line", "mean", "low", "high")
 LEARNING = ("of", "iteration", "seconds", "mean", "low", "high")
 
 Floats = npt.NDArray[np.float64]
@@ -63,6 +64,9 @@ class Tables:
             and the ``low``-est and ``high``-est seed.
         growth: ``entry``, ``step`` (inner steps of a meta-step), ``mean``, ``low``, ``high``: peak
             MiB of one on few tasks, the mean, lowest and highest of the seeds.
+        sensitivity: ``entry``, ``axis`` (a setting that was swept), ``value``, ``line`` (what is
+            held fixed: the algorithm and its other swept settings), ``mean`` and the headline
+            interval's ``low`` and ``high``.
         faults: cells that are not here: ``cell``, ``status`` (failed, damaged, missing) and
             ``reason``.
         sweep: what was asked, where ``sweep.toml`` says.
@@ -72,6 +76,7 @@ class Tables:
     adaptation: pd.DataFrame
     learning: pd.DataFrame
     growth: pd.DataFrame
+    sensitivity: pd.DataFrame
     faults: pd.DataFrame
     sweep: Sweep | None
 
@@ -118,6 +123,7 @@ def read(run: Run) -> Tables:
         _stacked({entry: _adaptation(group) for entry, group in members.items()}, CURVE),
         _learning(members),
         _stacked({entry: _growth(group) for entry, group in members.items()}, CURVE),
+        _sensitivity(leaderboard, members),
         pd.DataFrame(faults, columns=["cell", "status", "reason"]),
         sweep,
     )
@@ -231,14 +237,28 @@ def missing(sweep: Sweep, there: Sequence[Cell]) -> list[str]:
     Axes, not cell ids: those would need the sweep's plug-in, and a report runs nobody's code.
     """
     asked = product(
-        sweep.datasets, sweep.ways, sweep.shots, sweep.seeds, sweep.devices, sweep.algos
+        *(sweep.datasets, sweep.ways, sweep.shots, sweep.seeds, sweep.devices, sweep.algos),
+        *(product([name], values) for name, values in sweep.set.items() if len(values) > 1),
     )
-    found = {(c.dataset, c.ways, c.shots, c.seed, c.device, c.algorithm) for c in there}
-    return [
-        f"{algorithm} {dataset} {ways}-way {shots}-shot seed {seed}"
-        for dataset, ways, shots, seed, device, algorithm in asked
-        if (dataset, ways, shots, seed, device, algorithm) not in found
-    ]
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for c in there:
+        place = (c.dataset, c.ways, c.shots, c.seed, c.device, c.algorithm)
+        found.setdefault(place, []).append(c.row())
+    gone = []
+    for dataset, ways, shots, seed, device, algorithm, *swept in asked:
+        rows = found.get((dataset, ways, shots, seed, device, algorithm), [])
+        if not any(_is_at(row, swept) for row in rows):
+            own = ", ".join(f"{name} {said(value)}" for name, value in swept)
+            name = f"{algorithm} {dataset} {ways}-way {shots}-shot seed {seed}"
+            gone.append(f"{name} ({own})" if own else name)
+    return gone
+
+
+def _is_at(row: dict[str, Any], point: Sequence[tuple[str, Any]]) -> bool:
+    """Whether a cell has these settings; those that its algorithm does not have, it has anyhow."""
+    return all(
+        row[name] == value or said(row[name]) == said(value) for name, value in point if name in row
+    )
 
 
 # Entries
@@ -376,6 +396,33 @@ def _growth(group: Sequence[_Loaded]) -> pd.DataFrame:
     found = by_steps.agg(["mean", "min", "max"])
     found.columns = pd.Index(["mean", "low", "high"])
     return found.rename_axis("step").reset_index()
+
+
+def _sensitivity(leaderboard: pd.DataFrame, members: dict[int, list[_Loaded]]) -> pd.DataFrame:
+    """The scores over the values of each setting that was swept, all else being equal."""
+    records = {entry: group[0].record for entry, group in members.items()}
+    rows = {entry: r.cell.row() | {"source": r.source} for entry, r in records.items()}
+    points = []
+    scored = leaderboard[leaderboard["entry"].isin(list(members))]
+    for key, mine in scored.groupby([*SETTING, "algorithm"]):
+        swept = varied(rows[entry] for entry in mine["entry"])
+        places = {e: [in_order(rows[e].get(name)) for name in swept] for e in mine["entry"]}
+        ordered = sorted(places, key=places.__getitem__)
+        for axis in swept:
+            lines: dict[str, list[int]] = {}
+            for entry in ordered:
+                others = (f"{n} {said(rows[entry].get(n))}" for n in swept if n != axis)
+                own = ", ".join(others)
+                lines.setdefault(f"{key[-1]} ({own})" if own else f"{key[-1]}", []).append(entry)
+            for line, entries in lines.items():
+                if len(entries) > 1:
+                    points += [(e, axis, _plottable(rows[e].get(axis)), line) for e in entries]
+    found = pd.DataFrame(points, columns=["entry", *SENSITIVITY[:3]])
+    return found.merge(leaderboard[["entry", "mean", "low", "high"]], on="entry", how="left")
+
+
+def _plottable(value: Any) -> float | str:
+    return value if isinstance(value, int | float) else said(value)
 
 
 def _learning(members: dict[int, list[_Loaded]]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,29 @@ def test_a_sweep_ends_in_a_table_a_plot_and_a_folder_of_results(bench, tmp_path:
     status, out, _ = bench("run", "--config", str(folder / "sweep.toml"))
     assert status == 0
     assert "4 of 4 cells are done already" in out
+
+
+def test_a_swept_hyperparameter_tells_rows_apart_everywhere(bench, tmp_path: Path) -> None:
+    arguments = ("--algos", "maml", "--set", "inner_lr=0.05,0.4", *QUICK, "--out", "r")
+    status, out, _ = bench("run", *arguments)
+    assert status == 0
+    assert "maml tiny 5-way 1-shot seed 0 (inner_lr 0.05): " in out
+    assert re.search(r"maml +tiny 5w1s +0\.05 ", out)
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv")
+    assert tuple(summary.columns) == (*SUMMARY_COLUMNS, "inner_lr")
+    assert summary["inner_lr"].tolist() == [0.05, 0.4]
+    status, out, _ = bench("run", "--config", "r/sweep.toml", "--out", "r")
+    assert "2 of 2 cells are done already" in out
+    status, out, _ = bench("compare", "r")
+    assert "maml (inner_lr 0.05)" in out
+    assert "inner_lr 0.05 / 0.4" in out
+    # Each algorithm is in a group once: a sweep does not multiply the processes.
+    run = Run(tmp_path / "r")
+    sessions = [
+        pd.read_parquet(run.cells / cell / "performance.parquet")["session"].iloc[0]
+        for cell in run.cell_ids()
+    ]
+    assert len(set(sessions)) == 2
 
 
 def test_algorithms_are_scored_on_the_same_episodes_and_timed_in_turns(
@@ -160,6 +184,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         (("--plugin", "absent.py"), "absent.py is not a Python file"),
         (("--out", "/proc/nowhere"), "cannot write to /proc/nowhere"),
         (("--iteration", "5"), "No such option: --iteration"),
+        (("--set", "iner_lr=1"), "no setting 'iner_lr' of maml; did you mean 'inner_lr'?"),
+        (("--set", "inner_lr=0.1,-1"), "inner_lr is -1.0; it must be positive"),
+        (("--set", "inner_lr=fast"), "maml: inner-lr: input should be a valid number"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(

@@ -182,6 +182,18 @@ def test_one_algorithm_set_up_in_two_ways_is_told_apart(tmp_path: Path) -> None:
     assert abs(row.difference) < 0.1
 
 
+def test_what_was_swept_is_named_even_between_algorithms(tmp_path: Path) -> None:
+    for inner_lr in (0.1, 0.4):
+        put(tmp_path, cell_of("maml", inner_lr=inner_lr), scores_of(0.6))
+    put(tmp_path, cell_of("fomaml", inner_lr=0.2), scores_of(0.6))
+    unlike = {(row.algorithm_a, row.algorithm_b): row.unlike for row in compare([tmp_path]).rows}
+    assert unlike == {
+        ("fomaml", "maml (inner_lr 0.1)"): "inner_lr 0.2 / 0.1",
+        ("fomaml", "maml (inner_lr 0.4)"): "inner_lr 0.2 / 0.4",
+        ("maml (inner_lr 0.1)", "maml (inner_lr 0.4)"): "inner_lr 0.1 / 0.4",
+    }
+
+
 def test_cells_of_different_source_are_not_mixed_in_silence(tmp_path: Path) -> None:
     put(tmp_path, cell_of("maml"), scores_of(0.6), source="old")
     put(tmp_path, cell_of("anil"), scores_of(0.6), source="new")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from bench import plots, tables
 from bench.store import Run
-from tests.bench.test_report import sample
+from tests.bench.test_report import LEVELS, sample, score_at, swept
 
 ROWS = pd.DataFrame(
     [
@@ -18,7 +18,7 @@ ROWS = pd.DataFrame(
         for seed in (0, 1, 2)
     ],
     columns=["algorithm", "dataset", "ways", "shots", "seed", "metric", "mean", "ci95", "status"],
-)
+).assign(device="cpu")
 
 
 def test_one_seed_gives_the_interval_over_episodes() -> None:
@@ -51,6 +51,18 @@ def test_figures_are_written_as_png_and_svg(tmp_path: Path) -> None:
         assert len(image.convert("L").getcolors(256) or []) > 10
 
 
+def test_rows_that_differ_in_a_swept_setting_are_drawn_each_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "accuracy", lambda summary: drawn.append(summary) or plots.Figure())
+    swept = pd.concat([ROWS.assign(inner_lr=0.1), ROWS.assign(inner_lr=0.2, mean=0.5)])
+    plots.draw_all(swept, tmp_path, ["inner_lr"])
+    means = plots.intervals(drawn[0])[0].groupby("algorithm")["mean"].first()
+    assert means["maml (inner_lr 0.2)"] == 0.5
+    assert means["maml (inner_lr 0.1)"] == pytest.approx(0.81)
+
+
 def test_a_run_without_results_draws_nothing(tmp_path: Path) -> None:
     assert plots.draw_all(ROWS.assign(status="failed"), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
@@ -80,6 +92,31 @@ def test_adaptation_is_drawn_at_its_means_in_per_cent(found) -> None:
     first = found.adaptation[found.adaptation["entry"] == 0]
     assert axis.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
     assert axis.lines[0].get_ydata() == pytest.approx(100 * first["mean"].to_numpy())
+
+
+def test_the_sensitivity_is_drawn_over_the_values_that_were_swept(tmp_path: Path) -> None:
+    run = swept(tmp_path / "run")
+    found = tables.read(run)
+    points = found.sensitivity.set_index(["axis", "line", "value"])["mean"].sort_index()
+    assert points.loc["inner_lr", "maml (norm single)"].to_dict() == pytest.approx(
+        {value: score_at(run, inner_lr=value, norm="single") for value in (0.01, 0.1, 1.0)}
+    )
+    assert set(points.loc["norm"].index.get_level_values("line")) == {
+        f"{algorithm} (inner_lr {value})" for algorithm in LEVELS for value in (0.01, 0.1, 1.0)
+    }
+    figure = plots.sensitivity(found.leaderboard, found.sensitivity, "over 2 seeds")
+    by_title = {axis.get_xlabel(): axis for axis in figure.axes}
+    rates, norms = by_title["inner lr"], by_title["norm"]
+    assert (rates.get_xscale(), norms.get_xscale()) == ("log", "linear")
+    assert [label.get_text() for label in rates.get_xticklabels()] == ["0.01", "0.1", "1"]
+    assert [label.get_text() for label in norms.get_xticklabels()] == ["single", "support"]
+    drawn = {tuple(container.lines[0].get_ydata()) for container in rates.containers}
+    assert tuple(100 * points.loc["inner_lr", "maml (norm single)"]) in drawn
+    assert "over 2 seeds" in figure.get_supxlabel()
+
+
+def test_what_was_swept_in_no_run_is_not_drawn(found) -> None:
+    assert found.sensitivity.empty
 
 
 def test_entries_are_told_apart_without_colour(found) -> None:

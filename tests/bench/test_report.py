@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,8 @@ import pandas as pd
 import pytest
 
 from bench import findings, paper, report, tables
-from bench.cli import run as run_command
 from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run
-from bench.sweep import Cell, Sweep
+from bench.sweep import Cell
 from tests.bench.conftest import QUICK
 
 LEVELS = {"maml": 0.80, "anil": 0.72, "reptile": 0.76}
@@ -95,6 +95,32 @@ def sample(folder: Path) -> Run:
     (run.folder / "sweep.toml").write_text(asked)
     (run.folder / "environment.json").write_text(json.dumps({"cpu": "<abacus>", "cuda": None}))
     return run
+
+
+def swept(folder: Path) -> Run:
+    """Three algorithms at three inner step sizes and two norms."""
+    run = Run(folder)
+    run.cells.mkdir(parents=True)
+    for algorithm, level in LEVELS.items():
+        for inner_lr in (0.01, 0.1, 1.0):
+            for norm in ("single", "support"):
+                own = {"inner_steps": 1, "inner_lr": inner_lr, "norm": norm}
+                add(run, cell_of(algorithm, hyperparameters=own), level=level * (1 - inner_lr / 4))
+    (run.folder / "sweep.toml").write_text(
+        'algos = ["maml", "anil", "reptile"]\nseeds = [0]\ndevices = ["cpu"]\n'
+        "iterations = 80\n[set]\ninner_lr = [0.01, 0.1, 1, 10]\nnorm = ['single', 'support']\n"
+    )
+    return run
+
+
+def score_at(run: Run, **settings: Any) -> float:
+    """MAML's mean where its hyperparameters are these."""
+    (found,) = (
+        record.figures["mean"]
+        for record in run.records()
+        if record.cell.algorithm == "maml" and settings.items() <= record.cell.row().items()
+    )
+    return float(found)
 
 
 @pytest.fixture
@@ -196,15 +222,26 @@ def test_the_command_asks_for_the_same_sweep(run: Run) -> None:
     assert sweep is not None
     command = report.reproduction(sweep)
     assert command.startswith("python -m bench run --algos maml,anil,reptile --datasets glyphs")
-    assert "--shots 1,5 --seeds 0,1 --devices cpu --iterations 80" in command
-    assert "clip" not in command
+    assert "--shots 1,5 --seeds 0,1 --devices cpu" in command
+    assert "--set iterations=80 --set meta_clip=10.0" in command
 
 
-def test_what_only_the_file_can_say_has_no_option() -> None:
-    import inspect
+def test_the_command_comes_to_the_same_cells(bench, tmp_path: Path, monkeypatch) -> None:
+    sweep = tables.read(swept(tmp_path / "run")).sweep
+    assert sweep is not None
+    asked: list[str] = []
+    monkeypatch.setattr("bench.runner.check", lambda cells, _: asked.extend(c.id for c in cells))
+    monkeypatch.setattr("bench.runner.estimate_seconds", lambda cells, _: dict.fromkeys(asked, 0))
+    words = shlex.split(report.reproduction(sweep))
+    assert bench(*words[3:], "--dry-run")[0] == 0
+    assert asked == [cell.id for cell in sweep.cells()]
 
-    options = set(inspect.signature(run_command).parameters)
-    assert set(report.FILE_ONLY) == set(Sweep.model_fields) - options
+
+def test_a_point_of_a_sweep_that_was_not_reached_is_missing(tmp_path: Path) -> None:
+    faults = tables.read(swept(tmp_path / "run")).faults
+    assert set(faults["status"]) == {"missing"}
+    assert len(faults) == 6
+    assert "maml glyphs 5-way 1-shot seed 0 (inner_lr 10, norm single)" in set(faults["cell"])
 
 
 def test_markdown_and_latex_say_which_interval_and_hide_no_difference(run: Run) -> None:
@@ -229,7 +266,9 @@ def test_markdown_fits_a_comment_whatever_the_run(run: Run) -> None:
     found = tables.read(run)
     many = pd.concat([found.leaderboard] * 300, ignore_index=True)
     faults = pd.DataFrame([("x" * 80, "failed", "y" * 80)] * 500, columns=found.faults.columns)
-    big = tables.Tables(many, found.adaptation, found.learning, found.growth, faults, None)
+    big = tables.Tables(
+        many, found.adaptation, found.learning, found.growth, found.sensitivity, faults, None
+    )
     text = paper.markdown("big", big, [], ["note " * 20] * 500, "")
     assert len(text) < 65_536
     assert "and 2,300 more rows" in text
@@ -443,6 +482,36 @@ def test_every_chart_has_its_numbers_as_a_table(page) -> None:
         assert table.locator("tbody tr").count() >= 4
         assert "maml" in table.inner_text()
     assert "yes" in page.locator("#numbers-cost table").inner_text()
+
+
+@needs_browser
+def test_the_sensitivity_is_charted_where_something_was_swept(
+    browser, page, tmp_path: Path
+) -> None:
+    assert page.locator("#chart-sensitivity").count() == 0
+    path = report.write(swept(tmp_path / "run").folder)[0]
+    assert (path.parent / "figures" / "sensitivity.svg").is_file()
+    other = browser.new_page()
+    said: list[str] = []
+    other.on("console", lambda message: said.append(message.text))
+    other.on("pageerror", lambda error: said.append(str(error)))
+    other.goto(path.as_uri())
+    other.wait_for_selector("html[data-ready]")
+    chart = other.locator("#chart-sensitivity")
+    kind = "document.getElementById('chart-sensitivity').layout.xaxis.type"
+    assert other.evaluate(kind) == "log"
+    assert chart.locator(".scatterlayer .trace .errorbar").count() == 3 * 2 * 3
+    assert chart.locator(".xtick").all_inner_texts() == ["0.01", "0.1", "1"]
+    other.locator("#numbers-sensitivity summary").press("Enter")
+    table = other.locator("#numbers-sensitivity table")
+    assert table.locator("tbody tr").count() == 18
+    assert "maml (norm single)" in table.inner_text()
+    other.get_by_label("Setting", exact=True).select_option("norm")
+    assert other.evaluate(kind) == "category"
+    assert chart.locator(".xtick").all_inner_texts() == ["single", "support"]
+    assert "maml (inner_lr 0.01)" in table.inner_text()
+    assert said == []
+    other.close()
 
 
 @needs_browser

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 import algorithms
 from bench.errors import BenchError
-from bench.sweep import Sweep, read_sweep, stream_seed
+from bench.sweep import Sweep, names, read_sweep, stream_seed, tomllib
 
 
 def cells(**asked):
@@ -74,6 +75,18 @@ def test_training_shots_are_the_evaluations_unless_they_differ() -> None:
         ({"meta_lr": "nan"}, "meta-lr"),
         ({"iterations": "many"}, "iterations"),
         ({"hyperparameters": {"iner_lr": 1}}, "did you mean 'inner_lr'"),
+        (
+            {"set": ["iner_lr=0.1,0.2"]},
+            "there is no setting 'iner_lr' of .*did you mean 'inner_lr'",
+        ),
+        ({"set": ["inner_lr=0.1,fast"]}, r"inner-lr: input should be a valid number.*'fast'"),
+        ({"set": ["inner_steps=1,2.5"]}, r"inner-steps: input should be a valid integer.*2.5"),
+        ({"set": ["iterations=5,0"]}, "iterations: input should be greater than or equal to 1"),
+        ({"set": ["inner_lr"]}, "'inner_lr' is not NAME=VALUE"),
+        ({"set": ["inner_lr="]}, "inner-lr: list should have at least 1 item"),
+        ({"set": ["inner_lr=1", "inner-lr=2"]}, "inner_lr is given twice"),
+        ({"set": ["inner_lr=1"], "inner_lr": "2"}, "inner_lr is given twice"),
+        ({"set": ["shots=1,5"]}, "shots is not for 'set': it stands for itself"),
     ],
 )
 def test_what_cannot_be_is_named(asked: dict, message: str) -> None:
@@ -88,14 +101,65 @@ def test_an_unknown_key_in_a_file_is_answered_with_the_nearest(tmp_path: Path) -
         read_sweep(file, {})
 
 
+def test_any_setting_or_hyperparameter_is_an_axis() -> None:
+    found = cells(algos="maml,fomaml", set=["inner_lr=0.1,0.2", "inner_steps=1,5", "meta_lr=0.01"])
+    assert len(found) == 8
+    assert {(c.hyperparameters["inner_lr"], c.hyperparameters["inner_steps"]) for c in found} == {
+        *((0.1, 1), (0.1, 5), (0.2, 1), (0.2, 5))
+    }
+    assert {cell.meta_lr for cell in found} == {0.01}
+    assert [cell.algorithm for cell in found[:2]] == ["maml", "fomaml"]
+    # An option of its own says the same as "set".
+    again = cells(algos="maml,fomaml", inner_lr="0.1,0.2", inner_steps="1,5", meta_lr="0.01")
+    assert {cell.id for cell in again} == {cell.id for cell in found}
+
+
+def test_values_are_of_the_settings_type() -> None:
+    (cell,) = cells(algos="maml", set=["inner_lr=1", "inner_batch=none", "inner_optimizer=adam"])
+    assert repr(cell.hyperparameters["inner_lr"]) == "1.0"
+    assert cell.hyperparameters["inner_batch"] is None
+    assert cell.id == cells(algos="maml", inner_lr=1.0, set={"inner_optimizer": ["adam"]})[0].id
+
+
+def test_an_algorithm_without_a_swept_hyperparameter_runs_once_and_that_is_said() -> None:
+    @algorithms.register("stubborn")
+    class Stubborn(algorithms.get("maml")):
+        def __init__(self, model, *, stubbornness: float = 1.0, **settings) -> None:
+            super().__init__(model, **settings)
+
+    sweep = read_sweep(None, {"algos": "maml,stubborn", "set": ["stubbornness=1,2,3"]})
+    assert [cell.algorithm for cell in sweep.cells()] == ["maml", *["stubborn"] * 3]
+    assert sweep.notes() == ["note:  maml has no stubbornness, and runs without"]
+
+
+def test_the_command_line_comes_before_the_file_however_either_says_it(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text("algos = ['maml']\ninner_steps = 3\n[set]\ninner_lr = [0.1, 0.2]\n")
+    assert [c.hyperparameters["inner_lr"] for c in read_sweep(file, {}).cells()] == [0.1, 0.2]
+    (cell,) = read_sweep(file, {"inner_lr": "0.5", "set": ["inner_steps=2"]}).cells()
+    assert (cell.hyperparameters["inner_lr"], cell.hyperparameters["inner_steps"]) == (0.5, 2)
+
+
+def test_cells_are_named_by_what_tells_them_apart() -> None:
+    found = cells(algos="maml", shots="1,5", set=["inner_lr=0.1,0.2"])
+    called = names(found)
+    assert len(set(called.values())) == 4
+    assert called[found[0].id] == "maml glyphs 5-way 1-shot seed 0 (inner_lr 0.1)"
+    assert set(names(cells(algos="maml", shots="1,5")).values()) == {
+        f"maml glyphs 5-way {shots}-shot seed 0" for shots in (1, 5)
+    }
+
+
 def test_streams_are_apart() -> None:
     seeds = {stream_seed(p, s) for p in ("initialisation", "training episodes") for s in range(50)}
     assert len(seeds) == 100
 
 
 def test_a_sweep_written_down_asks_for_the_same_cells() -> None:
-    sweep = Sweep(algos=["maml"], shots=[1, 5], devices=["cpu"], inner_lr=0.2)
-    again = Sweep(**sweep.model_dump(mode="json", exclude_none=True))
+    swept = ["inner_batch=none,5", "norm=support,single"]
+    asked = {"algos": "maml", "shots": "1,5", "devices": "cpu", "inner_lr": "0.2", "set": swept}
+    sweep = read_sweep(None, asked)
+    again = Sweep(**tomllib.loads(tomli_w.dumps(sweep.model_dump(mode="json", exclude_none=True))))
     assert [c.id for c in again.cells()] == [c.id for c in sweep.cells()]
 
 

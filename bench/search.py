@@ -1,0 +1,398 @@
+"""A search for hyperparameters: Optuna proposes, validation episodes decide, and the test split is
+never read.
+
+Data flows one way: records of trials on disk -> Optuna's study -> the next trial. A study is made
+again from its records, and each proposal has a seed of its own, so that a search which was
+interrupted goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import filelock
+import pandas as pd
+import tomli_w
+
+from bench.errors import BenchError, CellError
+from bench.files import whole, write_text
+from bench.runner import Sources, check_device, check_gradient, interruptible
+from bench.store import source_hash, to_json
+from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
+from bench.training import Progress, build, train
+
+try:
+    import optuna
+    from optuna.distributions import (
+        BaseDistribution,
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+except ImportError as error:
+    raise BenchError("a search needs optuna: pip install 'fewshot-bench[search]'") from error
+
+STARTUP = 5
+"""Trials before the first is pruned, against the median of those that are complete."""
+
+Space = dict[str, BaseDistribution]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What ``--space`` says of a name: the two ends of an interval, or choices."""
+
+    values: list[Any]
+    kind: Literal["linear", "log", "choice"]
+
+
+@dataclass
+class Trial:
+    """What came of one proposal: all that ``trials/<algorithm>-<trial>.json`` holds.
+
+    Attributes:
+        state: ``pruned`` trials were worse than the median at a validation, ``diverged`` ones came
+            to no finite loss.
+        value: the best validation score; None where there was none.
+        validations: the score at each validation, by iteration.
+        iterations, samples, gradients, val_episodes, seconds: what the trial cost.
+    """
+
+    algorithm: str
+    trial: int
+    source: str
+    parameters: dict[str, Any]
+    state: Literal["complete", "pruned", "diverged"] = "complete"
+    value: float | None = None
+    iterations: int = 0
+    samples: int = 0
+    gradients: int = 0
+    val_episodes: int = 0
+    seconds: float = 0.0
+    validations: dict[int, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{name} {said(value)}" for name, value in self.parameters.items())
+        score = "" if self.value is None else f" {self.value:.4f}"
+        return (
+            f"{self.algorithm} trial {self.trial}: {self.state}{score} after {self.iterations} "
+            f"iterations ({chosen})"
+        )
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, checked: for each algorithm a cell to start from and its space.
+
+    Attributes:
+        text: the space as it was asked for.
+        cells: by algorithm, the cell with everything that is not searched.
+        spaces: by algorithm, the distributions of what is.
+        higher: whether a higher score is the better one.
+    """
+
+    sweep: Sweep
+    text: str
+    cells: dict[str, Cell]
+    spaces: dict[str, Space]
+    higher: bool
+
+    def cell(self, algorithm: str, parameters: dict[str, Any]) -> Cell:
+        """The cell of some values of the space."""
+        (cell,) = self.chosen(algorithm, parameters).cells()
+        return cell
+
+    def chosen(self, algorithm: str, parameters: dict[str, Any]) -> Sweep:
+        """The sweep that asks for some values of the space."""
+        values = {name: [value] for name, value in parameters.items()}
+        return self.sweep.model_copy(
+            update={"algos": [algorithm], "set": {**self.sweep.set, **values}}
+        )
+
+    @property
+    def asked(self) -> str:
+        """What decides every trial, as TOML."""
+        sweep = self.sweep.model_dump(mode="json", exclude_none=True)
+        return tomli_w.dumps({"space": self.text, **sweep})
+
+    @property
+    def default_folder(self) -> Path:
+        """The same search, the same folder, so that the same command goes on with it."""
+        return Path("results") / f"search-{hashlib.sha256(self.asked.encode()).hexdigest()[:8]}"
+
+
+def prepare(sweep: Sweep, space: str, sources: Sources) -> Search:
+    """Check a search before anything is written.
+
+    Args:
+        sweep: what is held fixed: one value of every axis but the algorithms.
+        space: ``inner_lr=0.01:1:log,inner_steps=1:5,norm=support|single``: an interval (of whole
+            numbers where the setting takes no others) or choices.
+        sources: where the data is; its test split is not read.
+
+    Raises:
+        BenchError, AlgorithmError, DatasetError: what cannot be searched.
+    """
+    ranges = _parsed(space)
+    for name in ranges:
+        if name in sweep.set:
+            raise BenchError(f"{name} is given twice: to be searched, and with a value")
+    # Which names there are, and which values can be, is for the cells to say.
+    ends = {name: found.values for name, found in ranges.items()}
+    sweep.model_copy(update={"set": {**sweep.set, **ends}}).cells()
+    cells: dict[str, Cell] = {}
+    spaces: dict[str, Space] = {}
+    for algorithm in sweep.algos:
+        fixed = sweep.model_copy(update={"algos": [algorithm]}).cells()
+        if len(fixed) > 1:
+            raise BenchError(f"a search holds all but its space fixed; this has {len(fixed)} cells")
+        (cells[algorithm],) = fixed
+        known = cells[algorithm].row()
+        spaces[algorithm] = {
+            name: _distribution(algorithm, name, found)
+            for name, found in ranges.items()
+            if name in known
+        }
+        if not spaces[algorithm]:
+            raise BenchError(f"{algorithm} has nothing of the space {space!r}")
+    training = sources.require(next(iter(cells.values())).dataset, "train", "cpu")
+    search = Search(sweep, space, cells, spaces, higher=training.outputs is None)
+    for algorithm, cell in cells.items():
+        check_device(cell.device)
+        validation = sources.get(cell.dataset, "val", "cpu")
+        if validation is None:
+            raise BenchError(f"{cell.dataset} has no validation split for a search to decide by")
+        training.check(cell.train_spec(0))
+        validation.check(cell.val_spec)
+        for place in (0, -1):
+            corner = {name: ranges[name].values[place] for name in spaces[algorithm]}
+            build(search.cell(algorithm, corner).model_copy(update={"device": "cpu"}), training)
+        check_gradient(cell, training)
+    return search
+
+
+def _parsed(text: str) -> dict[str, Range]:
+    """The space as it stands on the command line."""
+    found: dict[str, Range] = {}
+    for part in text.split(","):
+        name, sign, values = (piece.strip() for piece in part.partition("="))
+        name = name.replace("-", "_")
+        choices = values.split("|")
+        ends = values.split(":")
+        if sign and name and len(choices) > 1 and all(choices):
+            found[name] = Range([literal(choice) for choice in choices], "choice")
+            continue
+        numbers = [literal(end) for end in ends[:2]]
+        if (
+            not (sign and name and len(ends) in (2, 3) and ends[2:] in ([], ["log"]))
+            or not all(isinstance(n, int | float) for n in numbers)
+            or not numbers[0] < numbers[1]
+            or (ends[2:] and numbers[0] <= 0)
+        ):
+            raise BenchError(
+                f"--space: {part!r} is not NAME=LOW:HIGH, NAME=LOW:HIGH:log (above 0) or NAME=A|B"
+            )
+        found[name] = Range(numbers, "log" if ends[2:] else "linear")
+    return found
+
+
+def _distribution(algorithm: str, name: str, asked: Range) -> BaseDistribution:
+    values = [value_of(algorithm, name, value) for value in asked.values]
+    if asked.kind == "choice":
+        return CategoricalDistribution(values)
+    low, high = values
+    log = asked.kind == "log"
+    try:
+        value_of(algorithm, name, low + 0.5)
+    except BenchError:
+        return IntDistribution(low, high, log=log)
+    return FloatDistribution(low, high, log=log)
+
+
+def run(
+    search: Search,
+    trials: int,
+    sources: Sources,
+    folder: Path,
+    done: Callable[[Trial], None] = lambda trial: None,
+) -> list[Path]:
+    """Bring so many trials of each algorithm to their end, and write down what they came to.
+
+    Args:
+        search: what :func:`prepare` made.
+        trials: how many of each algorithm; those whose record is in the folder are not run again.
+        sources: where the data is.
+        folder: gets ``search.toml``, ``trials/``, ``trials.parquet`` and ``.csv`` and, for each
+            algorithm with a complete trial, ``best-<algorithm>.toml``, for ``run --config``.
+        done: is told of each trial.
+
+    Returns:
+        The files of best settings.
+
+    Raises:
+        BenchError: a folder that cannot be used, or that holds another search.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    source = source_hash(search.sweep.plugin)
+    with _opened(folder, search.asked), interruptible() as interrupted:
+        found: list[Trial] = []
+        for algorithm in search.cells:
+            study = _Study(search, algorithm, sources)
+            for number in range(trials):
+                record = folder / "trials" / f"{algorithm}-{number:04}.json"
+                known = _read(record)
+                if known is not None and known.source != source:
+                    raise BenchError(f"{folder} holds trials made by different source code")
+                trial = known or study.new(number, source, interrupted)
+                if known is None:
+                    write_text(record, to_json(asdict(trial)))
+                else:
+                    study.add(known)
+                done(trial)
+                found.append(trial)
+                _write_table(found, folder)
+        return [path for a in search.cells if (path := _write_best(search, a, found, folder))]
+
+
+# What diverged counts as pruned, before its first validation: to Optuna the worst that there is.
+_STATES = {True: optuna.trial.TrialState.COMPLETE, False: optuna.trial.TrialState.PRUNED}
+
+
+class _Study:
+    """Optuna's study of one algorithm."""
+
+    def __init__(self, search: Search, algorithm: str, sources: Sources) -> None:
+        self.search = search
+        self.algorithm = algorithm
+        cell = search.cells[algorithm]
+        self.train = sources.require(cell.dataset, "train", cell.device)
+        self.val = sources.require(cell.dataset, "val", cell.device)
+        self.study = optuna.create_study(
+            direction="maximize" if search.higher else "minimize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+        )
+
+    def add(self, trial: Trial) -> None:
+        """Take a trial from its record."""
+        complete = trial.state == "complete"
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=_STATES[complete],
+                value=trial.value if complete else None,
+                params=trial.parameters,
+                distributions=self.search.spaces[self.algorithm],
+                intermediate_values=trial.validations,
+            )
+        )
+
+    def new(self, number: int, source: str, interrupted: Callable[[], bool]) -> Trial:
+        """Run a trial of what Optuna proposes."""
+        seed = stream_seed("search", self.search.cells[self.algorithm].seed, number) % 2**32
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+        proposed = self.study.ask(self.search.spaces[self.algorithm])
+        trial = Trial(self.algorithm, number, source, dict(proposed.params))
+        cell = self.search.cell(self.algorithm, trial.parameters)
+
+        def report(progress: Progress) -> None:
+            trial.iterations = progress.iteration
+            if progress.validation is None:
+                return
+            trial.validations[progress.iteration] = progress.validation
+            trial.val_episodes += cell.val_episodes
+            proposed.report(progress.validation, progress.iteration)
+            if progress.iteration < cell.iterations and proposed.should_prune():
+                raise optuna.TrialPruned
+
+        began = time.monotonic()
+        with TemporaryDirectory() as aside:
+            try:
+                state = Path(aside) / "state"
+                train(cell, self.train, self.val, state, report=report, interrupted=interrupted)
+            except optuna.TrialPruned:
+                trial.state = "pruned"
+            except CellError:
+                trial.state, trial.iterations = "diverged", trial.iterations + 1
+                trial.validations = {}  # that it went well at first is nothing to learn from
+        trial.seconds = time.monotonic() - began
+        trial.samples = trial.iterations * cell.samples_per_step
+        trial.gradients = trial.iterations * cell.gradients_per_step
+        best = max if self.search.higher else min
+        trial.value = best(trial.validations.values(), default=None)
+        complete = trial.state == "complete"
+        self.study.tell(proposed, trial.value if complete else None, state=_STATES[complete])
+        return trial
+
+
+def _opened(folder: Path, asked: str) -> filelock.BaseFileLock:
+    """Make the folder, or find it to be of the same search, and keep others out."""
+    noted = folder / "search.toml"
+    try:
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+        if noted.exists() and noted.read_text(encoding="utf-8") != asked:
+            lock.release()
+            raise BenchError(f"{folder} holds another search; give another --out")
+        write_text(noted, asked)
+    except filelock.Timeout as error:
+        raise BenchError(f"{folder} is in use by another search") from error
+    except OSError as error:
+        raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
+    return lock
+
+
+def _read(path: Path) -> Trial | None:
+    """A trial's record; one that cannot be read counts as none."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        written["validations"] = {int(i): v for i, v in written["validations"].items()}
+        return Trial(**written)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write_table(trials: list[Trial], folder: Path) -> None:
+    rows = [asdict(trial) for trial in trials]
+    own = [row.pop("parameters") for row in rows]
+    frame = pd.DataFrame(rows).drop(columns=["source", "validations"])
+    table = pd.concat([frame, pd.DataFrame(own)], axis=1)
+    write_text(folder / "trials.csv", table.to_csv(index=False))
+    with whole(folder / "trials.parquet") as aside:
+        table.to_parquet(aside, index=False)
+
+
+def _write_best(search: Search, algorithm: str, found: list[Trial], folder: Path) -> Path | None:
+    """The best settings as a sweep, under what it took to find them."""
+    trials = [trial for trial in found if trial.algorithm == algorithm]
+    scored = [(t.value, t) for t in trials if t.state == "complete" and t.value is not None]
+    if not scored:
+        return None
+    choose = max if search.higher else min
+    value, best = choose(scored, key=lambda pair: pair[0])
+    metric = "accuracy" if search.higher else "mse"
+    states = [trial.state for trial in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    costs = ", ".join(
+        f"{sum(getattr(trial, name) for trial in trials):,} {noun}"
+        for name, noun in (
+            ("iterations", "iterations"),
+            ("samples", "samples"),
+            ("gradients", "gradients"),
+            ("val_episodes", "validation episodes"),
+        )
+    )
+    note = (
+        f"# Trial {best.trial} of {len(trials)} ({counts}), chosen by its {metric} of {value:.4f} "
+        f"on validation episodes.\n# The search took {costs}.\n"
+    )
+    asked = search.chosen(algorithm, best.parameters).model_dump(mode="json", exclude_none=True)
+    path = folder / f"best-{algorithm}.toml"
+    write_text(path, note + tomli_w.dumps(asked))
+    return path

@@ -1,0 +1,116 @@
+"""A search proposes, prunes and resumes by validation alone."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import datasets
+from bench.store import Run
+from bench.sweep import tomllib
+from tests.bench.conftest import TINY
+
+FIXED = (
+    *("--algos", "maml", "--datasets", "tiny", "--devices", "cpu", "--plugin", str(TINY)),
+    *("--set", "model=fc", "--set", "iterations=8", "--set", "meta_batch=2"),
+    *("--set", "val_episodes=20", "--set", "val_every=2"),
+)
+SPACE = "inner_lr=0.001:10:log,inner_steps=1:3,norm=support|single"
+
+
+@pytest.fixture
+def no_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the test split fails."""
+    tiny = datasets.get("tiny")
+    load = tiny.load
+
+    def guarded(self, split: str):
+        assert split != "test"
+        return load(self, split)
+
+    monkeypatch.setattr(tiny, "load", guarded)
+
+
+@pytest.mark.usefixtures("no_test_split")
+def test_a_search_counts_its_budget_prunes_and_goes_on_as_if_never_cut(
+    bench, tmp_path: Path
+) -> None:
+    status, _, err = bench("search", *FIXED, "--space", SPACE, "--trials", "12", "--out", "s")
+    assert (status, err) == (0, "")
+    table = pd.read_parquet(tmp_path / "s" / "trials.parquet")
+    assert len(table) == len(pd.read_csv(tmp_path / "s" / "trials.csv")) == 12
+    assert table["inner_lr"].between(0.001, 10).all()
+    assert set(table["inner_steps"]) <= {1, 2, 3}
+    assert set(table["norm"]) <= {"support", "single"}
+    assert table["inner_lr"].nunique() == 12
+    pruned = table[table["state"] == "pruned"]
+    assert len(pruned) > 0
+    assert (pruned["iterations"] < 8).all()
+    assert (pruned["trial"] >= 5).all()
+    complete = table[table["state"] == "complete"]
+    assert (complete["iterations"] == 8).all()
+    assert (table["samples"] == table["iterations"] * 2 * 5 * (1 + 5)).all()
+    assert (table["val_episodes"] == 20 * (table["iterations"] // 2)).all()
+
+    # Cut after seven trials and gone on with, it makes the same proposals.
+    for number in range(7, 12):
+        (tmp_path / "s" / "trials" / f"maml-{number:04}.json").unlink()
+    assert bench("search", *FIXED, "--space", SPACE, "--trials", "12", "--out", "s")[0] == 0
+    again = pd.read_parquet(tmp_path / "s" / "trials.parquet")
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), table.drop(columns="seconds"))
+
+    best = complete.loc[complete["value"].idxmax()]
+    text = (tmp_path / "s" / "best-maml.toml").read_text()
+    assert tomllib.loads(text)["set"]["inner_lr"] == [best["inner_lr"]]
+    assert f"Trial {best['trial']} of 12" in text
+    assert f"{table['iterations'].sum()} iterations" in text
+
+    status, _, err = bench("search", *FIXED, "--space", "inner_lr=1:2", "--out", "s")
+    assert (status, err) == (2, "bench: s holds another search; give another --out\n")
+
+
+def test_a_run_takes_the_best_settings(bench, tmp_path: Path) -> None:
+    assert (
+        bench("search", *FIXED, "--space", "inner_lr=0.1:1", "--trials", "1", "--out", "s")[0] == 0
+    )
+    config = ("--config", "s/best-maml.toml", "--episodes", "20", "--out", "r")
+    assert bench("run", *config)[0] == 0
+    (record,) = Run(tmp_path / "r").records()
+    (found,) = pd.read_parquet(tmp_path / "s" / "trials.parquet")["inner_lr"]
+    assert record.cell.hyperparameters["inner_lr"] == found
+    # The same cell, trained as the trial was.
+    training = pd.read_parquet(tmp_path / "r" / "cells" / record.cell.id / "training.parquet")
+    (value,) = pd.read_parquet(tmp_path / "s" / "trials.parquet")["value"]
+    assert training["val_metric"].max() == value
+
+
+def test_what_diverges_is_noted_and_leaves_no_best(bench, tmp_path: Path) -> None:
+    arguments = ("--space", "inner_lr=0.1:1", "--trials", "2", "--out", "s")
+    status, out, _ = bench("search", *FIXED, "--algos", "diverging", *arguments)
+    assert status == 1
+    assert "diverging trial 1: diverged after 1 iterations" in out
+    assert not list((tmp_path / "s").glob("best*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--space", "iner_lr=0.1:1"), "no setting 'iner_lr' of maml; did you mean 'inner_lr'?"),
+        (("--space", "inner_lr=1:0.1"), "'inner_lr=1:0.1' is not NAME=LOW:HIGH"),
+        (("--space", "inner_lr=0:1:log"), "'inner_lr=0:1:log' is not NAME=LOW:HIGH"),
+        (("--space", "inner_steps=0:3"), "inner_steps is 0; it must be positive"),
+        (("--space", "inner_steps=1:2.5"), "inner-steps: input should be a valid integer"),
+        (("--space", "norm=support|layer"), "norm is 'layer'; it must be one of"),
+        (("--space", "iterations=4:8"), "iterations is given twice"),
+        (("--space", "inner_lr=0.1:1", "--shots", "1,2"), "this has 2 cells"),
+        (("--space", "inner_lr=0.1:1", "--trials", "0"), "Invalid value for '--trials'"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line(
+    bench, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    status, _, err = bench("search", *FIXED, *arguments)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
