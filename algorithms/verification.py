@@ -28,7 +28,7 @@ def verify(
     Args:
         name: the algorithm's.
         model: left as it is.
-        batch: torchmeta's batch; the first two tasks decide.
+        batch: torchmeta's batch.
         settings: hyperparameters, as for :func:`algorithms.create`; an ``engine`` is ignored, and
             the reference does not checkpoint.
         engine: the one in question.
@@ -40,17 +40,17 @@ def verify(
     Raises:
         AlgorithmError: the engine cannot run the model.
     """
-    two = {half: tuple(values[:2] for values in pair) for half, pair in batch.items()}
     gradients = []
     for each in (engine, "higher"):
         twin = copy.deepcopy(model).double()
         devices = {p.device for p in twin.parameters() if p.device.type == "cuda"}
-        recompute = each != "higher" and settings.get("checkpoint_inner", False)
-        here = {"engine": each, "checkpoint_inner": recompute}
-        algorithm = create(name, twin, **{**settings, **here})
+        here = {**settings, "engine": each}
+        if each == "higher" and here.get("checkpoint_inner"):
+            here["checkpoint_inner"] = False
+        algorithm = create(name, twin, **here)
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
-            algorithm.meta_backward(two)
+            algorithm.meta_backward(batch)
         parts = [p.grad.flatten() for p in algorithm.parameters() if p.grad is not None]
         gradients.append(torch.cat(parts) if parts else torch.zeros(1).double())
     found, expected = gradients

@@ -93,6 +93,27 @@ def run(
         _training("Whose batch-norm statistics: transductive, support, single or running."),
     ] = None,
     engine: Annotated[str | None, _training("Which inner loop: auto, higher or batched.")] = None,
+    tasks_per_pass: Annotated[
+        str | None, _training("Tasks adapted at once: fewer take less memory, with one gradient.")
+    ] = None,
+    checkpoint_inner: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-inner",
+            help="Compute inner steps again in the backward pass: less memory, more time.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
+    verify_gradients: Annotated[
+        bool,
+        typer.Option(
+            "--verify-gradients",
+            help="After training too, hold the engine's gradient of a whole meta-batch against "
+            "the reference's, in float64; gradient_error in the results. (Before training, two "
+            "tasks of each kind of cell are, always.)",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
     model: Annotated[
         str | None, _training("Network: conv4, conv4_mean, conv4_pool, fc or mlp.")
     ] = None,

@@ -8,6 +8,7 @@ import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 
 import datasets
+from algorithms import Algorithm
 from algorithms.verification import verify
 from bench import measure, plots, stats
 from bench.distributed import ALONE, Team
@@ -108,29 +110,37 @@ def _computed(cell: Cell) -> tuple[Any, ...]:
     return (cell.algorithm, cell.dataset, cell.ways, cell.shots, cell.model, str(own))
 
 
-def check_gradient(cell: Cell, source: Source) -> None:
+def check_gradient(
+    cell: Cell, source: Source, algorithm: Algorithm | None = None, tasks: int = 2
+) -> float:
     """Compare the meta-gradient of the engine that will run with the reference's, in float64.
+
+    Args:
+        cell: the settings.
+        source: training data.
+        algorithm: with the parameters to do it at; None for those that the training begins with.
+        tasks: of the batch that decides.
+
+    Returns:
+        The relative error; 0 for the reference itself.
 
     Raises:
         BenchError: they differ by more than rounding.
     """
-    algorithm = build(cell.model_copy(update={"device": "cpu"}), source)
-    batch = source.batch(cell.train_spec(0), range(2))
-    algorithm.evaluate(batch, 0)  # what it cannot do, it says here
+    batch = source.batch(cell.train_spec(0), range(tasks))
+    if algorithm is None:
+        algorithm = build(cell.model_copy(update={"device": "cpu"}), source)
+        algorithm.evaluate(batch, 0)  # what it cannot do, it says here
     if algorithm.engine == "higher":
-        return
-    error = verify(
-        cell.algorithm,
-        algorithm.model,
-        batch,
-        cell.hyperparameters,
-        engine=algorithm.engine,
-    )
+        return 0.0
+    settings = cell.hyperparameters
+    error = verify(cell.algorithm, algorithm.model, batch, settings, engine=algorithm.engine)
     if not error < GRADIENT_TOLERANCE:
         raise BenchError(
             f"{cell.algorithm}'s gradient by the {algorithm.engine} engine is {error:.1e} from "
             "that by higher; use --engine higher"
         )
+    return error
 
 
 def check_device(name: str) -> None:
@@ -179,16 +189,34 @@ def run(
             "--accept-changed-code to put old and new side by side"
         )
     with store.start(sweep), interruptible() as interrupted:
+        work = _Work(sweep, store, source, sources, display, interrupted, team)
         display.begin(cells, done=sum(cell.id in known for cell in cells))
         try:
             for group in side_by_side(cells):
-                todo = [cell for cell in group if cell.id not in known]
-                _run_group(todo, store, source, sweep, sources, display, interrupted, team)
+                _run_group([cell for cell in group if cell.id not in known], work)
         finally:
             display.end()
         summary = store.write_summary()
         plots.draw_all(summary, store.figures, store.swept())
     return summary
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all cells of a run are made with."""
+
+    sweep: Sweep
+    store: Run
+    source: str
+    sources: Sources
+    display: Display
+    interrupted: Interrupted
+    team: Team
+
+    def failed(self, cell: Cell, line: str, reason: str = "") -> None:
+        """Note that a cell failed, and say so in one line."""
+        self.store.fail(cell, reason or line)
+        self.display.failed(cell, line)
 
 
 def side_by_side(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
@@ -206,54 +234,35 @@ def side_by_side(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
         yield group
 
 
-def _run_group(
-    cells: list[Cell],
-    store: Run,
-    source: str,
-    sweep: Sweep,
-    sources: Sources,
-    display: Display,
-    interrupted: Interrupted,
-    team: Team,
-) -> None:
+def _run_group(cells: list[Cell], work: _Work) -> None:
     """Train and evaluate cells that are compared, then measure them side by side."""
     trained: dict[str, dict[str, Any]] = {}
     ready: list[Cell] = []
     for cell in cells:
-        with _failures_noted(cell, store, display, team):
-            trained[cell.id] = _train_and_evaluate(
-                cell, store, source, sources, display, interrupted, team
-            )
+        with _failures_noted(cell, work):
+            trained[cell.id] = _train_and_evaluate(cell, work)
             ready.append(cell)
     if not ready:
         return
-    display.measuring(ready)
+    work.display.measuring(ready)
     try:
-        measured = measure.measure(ready, sweep.data_root, sweep.plugin)
+        measured = measure.measure(ready, work.sweep.data_root, work.sweep.plugin)
     except CellError as error:
         for cell in ready:
-            store.fail(cell, str(error))
-            display.failed(cell, str(error))
+            work.failed(cell, str(error))
         return
     for cell, performance in zip(ready, measured, strict=True):
-        performance.to_parquet(store.workplace(cell) / PERFORMANCE, index=False)
+        performance.to_parquet(work.store.workplace(cell) / PERFORMANCE, index=False)
         figures = trained[cell.id] | measure.headline(performance)
-        display.done(store.complete(cell, source, figures))
-    if interrupted():
+        work.display.done(work.store.complete(cell, work.source, figures))
+    if work.interrupted():
         raise KeyboardInterrupt
 
 
-def _train_and_evaluate(
-    cell: Cell,
-    store: Run,
-    source: str,
-    sources: Sources,
-    display: Display,
-    interrupted: Interrupted,
-    team: Team,
-) -> dict[str, Any]:
+def _train_and_evaluate(cell: Cell, work: _Work) -> dict[str, Any]:
     """Make all of a cell but its measurements, in its workplace; returns its figures."""
-    workplace = store.workplace(cell)
+    source, sources, team = work.source, work.sources, work.team
+    workplace = work.store.workplace(cell)
     noted = workplace / "trained.json"
     try:
         before: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8"))
@@ -262,25 +271,26 @@ def _train_and_evaluate(
             return figures
     except (OSError, ValueError, KeyError):
         pass
-    display.training(cell)
+    work.display.training(cell)
     team.told(cell)
+    train_source = sources.require(cell.dataset, "train", cell.device)
     algorithm, log = train(
         cell,
-        sources.require(cell.dataset, "train", cell.device),
+        train_source,
         sources.get(cell.dataset, "val", cell.device),
         workplace / "training.safetensors",
         source=source,
-        report=display.iteration,
-        interrupted=interrupted,
+        report=work.display.iteration,
+        interrupted=work.interrupted,
         team=team,
     )
     log.frame().to_parquet(workplace / TRAINING, index=False)
     write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
     test = sources.require(cell.dataset, "test", cell.device)
-    display.evaluating(cell)
+    work.display.evaluating(cell)
     scores = evaluate(
         *(algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps),
-        advanced=display.episode,
+        advanced=work.display.episode,
         team=team,
     )
     scores.to_parquet(workplace / SCORES, index=False)
@@ -296,6 +306,8 @@ def _train_and_evaluate(
         "sample_reuse": test.reuse(cell.test_spec, cell.episodes),
         **_over_classes(values, test.classes_of(cell.test_spec, cell.episodes)),
     }
+    if work.sweep.verify_gradients:
+        figures["gradient_error"] = check_gradient(cell, train_source, algorithm, cell.meta_batch)
     write_text(noted, json.dumps({"source": source, "figures": figures}))
     return figures
 
@@ -326,17 +338,17 @@ def follow(sources: Sources, team: Team) -> None:
 
 
 @contextmanager
-def _failures_noted(cell: Cell, store: Run, display: Display, team: Team) -> Iterator[None]:
+def _failures_noted(cell: Cell, work: _Work) -> Iterator[None]:
     """Record what goes wrong in a cell, so that the others can go on."""
     try:
         yield
-    except CellError as error:
-        store.fail(cell, str(error))
-        display.failed(cell, str(error))
+    except (CellError, BenchError) as error:
+        work.failed(cell, str(error))
     except (RuntimeError, MemoryError) as error:
-        store.fail(cell, traceback.format_exc())
-        display.failed(cell, f"{type(error).__name__}: {error}".splitlines()[0])
-        if team.size > 1:  # the others are in the midst of the cell, and cannot go on
+        work.failed(
+            cell, f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
+        )
+        if work.team.size > 1:  # the others are in the midst of the cell, and cannot go on
             raise
 
 

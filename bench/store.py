@@ -43,6 +43,7 @@ SUMMARY_COLUMNS = (
         "gradients_per_step",
         "matmul_share",
         "step_joules",
+        "gradient_error",
         "sample_reuse",
     ),
 )

@@ -182,7 +182,7 @@ def best_device() -> str:
     return "cpu"
 
 
-COMMON = ("inner_lr", "inner_steps", "norm", "engine")
+COMMON = ("inner_lr", "inner_steps", "norm", "engine", "checkpoint_inner", "tasks_per_pass")
 """Hyperparameters of every algorithm over the inner loop, which have options of their own."""
 OPTIONS = (*Settings.model_fields, *COMMON)
 """What can stand beside the axes: on the command line, where it has an option, and in a file."""
@@ -207,6 +207,7 @@ class Sweep(BaseModel):
     devices: Names = Field(default_factory=lambda: [best_device()])
     set: dict[str, Values] = {}
 
+    verify_gradients: bool = False
     data_root: Path | None = None
     download: bool = False
     plugin: Path | None = None

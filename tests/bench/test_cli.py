@@ -95,6 +95,17 @@ def test_algorithms_are_scored_on_the_same_episodes_and_timed_in_turns(
     assert sessions[0].tolist() == sessions[1].tolist()
 
 
+def test_gradients_are_verified_after_training_where_asked(bench, tmp_path: Path) -> None:
+    asked = ("--verify-gradients", "--checkpoint-inner", "--tasks-per-pass", "1")
+    status, _, err = bench("run", "--algos", "maml", *QUICK, *asked, "--out", "r")
+    assert (status, err) == (0, "")
+    (row,) = pd.read_csv(tmp_path / "r" / "summary.csv").to_dict("records")
+    assert 0 < row["gradient_error"] < 1e-10
+    (record,) = Run(tmp_path / "r").records()
+    own = record.cell.hyperparameters
+    assert (own["checkpoint_inner"], own["tasks_per_pass"]) == (True, 1)
+
+
 def test_a_dry_run_prints_the_cells_and_writes_nothing(bench, tmp_path: Path) -> None:
     status, out, _ = bench("run", "--algos", "maml", "--shots", "1,2", *QUICK, "--dry-run")
     assert status == 0
