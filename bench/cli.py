@@ -123,7 +123,10 @@ def run(
     eval_seed: Annotated[str | None, _evaluation("Stream of validation and test episodes.")] = None,
     protocol: Annotated[
         str | None,
-        _evaluation("independent: test episodes may share samples; disjoint: no two do."),
+        _evaluation(
+            "independent: test episodes may share samples; disjoint: no two do; "
+            "lake: Omniglot's own 20 runs."
+        ),
     ] = None,
     data_root: Annotated[
         Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
@@ -157,7 +160,7 @@ def run(
     For example: python -m bench run --algos maml,fomaml --shots 1,5
     """
     from bench import distributed, runner
-    from bench.progress import Display, reuse_notes, summary_table
+    from bench.progress import Display, challenge_notes, reuse_notes, summary_table
 
     given = {name: value for name, value in locals().items() if value not in (None, False)}
     known = (*Sweep.model_fields, *OPTIONS)
@@ -188,7 +191,7 @@ def run(
     mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
     console.print(summary_table(mine, varied(cell.row() for cell in cells)))
     console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
-    for note in reuse_notes(mine):
+    for note in [*reuse_notes(mine), *challenge_notes(mine)]:
         console.print(note)
     if (mine["status"] == "failed").any():
         console.print(f"why cells failed: {folder / 'failures.json'}")

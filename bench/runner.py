@@ -85,17 +85,19 @@ def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
                 f"{processes} processes cannot share a meta-batch of {cell.meta_batch} tasks; "
                 f"start fewer, or give --meta-batch {processes}"
             )
+        if cell.test_spec.split not in datasets.get(cell.dataset).splits:
+            raise BenchError(f"--protocol {cell.protocol} is for --datasets omniglot_lake alone")
         for spec in (cell.train_spec(0), cell.val_spec, cell.test_spec):
             source = sources.get(cell.dataset, spec.split, "cpu")
             if source is not None:
                 source.check(spec)
-        test = sources.require(cell.dataset, "test", "cpu")
+        test = sources.require(cell.dataset, cell.test_spec.split, "cpu")
         there = test.episodes(cell.test_spec)
         if there is not None and there < cell.episodes:
             raise BenchError(
-                f"{cell.dataset} has {there} disjoint {cell.ways}-way {cell.shots}-shot episodes "
-                f"with {cell.test_shots} test shots in its test split, not {cell.episodes}; "
-                f"give --episodes {there}"
+                f"{cell.dataset} has {there} {cell.protocol} {cell.ways}-way {cell.shots}-shot "
+                f"episodes with {cell.test_shots} test shots in its {cell.test_spec.split} split, "
+                f"not {cell.episodes}; give --episodes {there}"
             )
         build(
             cell.model_copy(update={"device": "cpu"}), sources.require(cell.dataset, "train", "cpu")
@@ -286,7 +288,7 @@ def _train_and_evaluate(cell: Cell, work: _Work) -> dict[str, Any]:
     )
     log.frame().to_parquet(workplace / TRAINING, index=False)
     write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
-    test = sources.require(cell.dataset, "test", cell.device)
+    test = sources.require(cell.dataset, cell.test_spec.split, cell.device)
     work.display.evaluating(cell)
     scores = evaluate(
         *(algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps),
@@ -329,7 +331,7 @@ def follow(sources: Sources, team: Team) -> None:
             mine = cell.model_copy(update={"device": team.device(cell.device)})
             train_source = sources.require(mine.dataset, "train", mine.device)
             val_source = sources.get(mine.dataset, "val", mine.device)
-            test = sources.require(mine.dataset, "test", mine.device)
+            test = sources.require(mine.dataset, mine.test_spec.split, mine.device)
             # What fails in a cell fails in all processes alike; the leader notes it.
             with suppress(CellError, KeyboardInterrupt):
                 algorithm, _ = train(mine, train_source, val_source, None, team=team)

@@ -30,14 +30,17 @@ from torch import Tensor
 from datasets.base import Dataset, register
 from datasets.cache import cached
 from datasets.download import digest, locate
-from datasets.episodes import ClassSource, DatasetError
+from datasets.episodes import ClassSource, DatasetError, Source
 from datasets.images import Pixels, bombs_refused, decode
+from datasets.omniglot_runs import RUNS, Runs, answers, members
 
 ADDRESS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 MD5 = {
     "images_background": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
+RUNS_ARCHIVE = "one-shot-classification/all_runs.zip"
+RUNS_MD5 = "e8996daecdf12afeeb4a53a179f06b19"
 LAYOUT = re.compile(r"(?P<character>[^/]+/character\d\d)/\d{4}_\d\d\.png")
 DRAWN = (105, 105)
 SIDE = 28
@@ -112,7 +115,7 @@ class Omniglot(Dataset):
     summary = "handwritten characters, 28x28, Vinyals's split: 1028/172/423, four rotations each"
     divide = staticmethod(vinyals)
 
-    def load(self, split: str) -> ClassSource:
+    def load(self, split: str) -> Source:
         paths = [
             locate(
                 self.root / "omniglot" / f"{name}.zip",
@@ -140,11 +143,37 @@ class OmniglotMAML(Omniglot):
 
 @register("omniglot_lake")
 class OmniglotLake(Omniglot):
-    """The same in the split of its authors, which has no validation classes."""
+    """The same in the split of its authors, which has no validation classes; its split ``runs`` is
+    their one-shot challenge, ``<root>/omniglot/all_runs.zip``."""
 
     summary = "Omniglot, background against evaluation alphabets: 964/659, four rotations each"
-    splits = ("train", "test")
+    splits = ("train", "test", "runs")
     divide = staticmethod(lake)
+
+    def load(self, split: str) -> Source:
+        if split != "runs":
+            return super().load(split)
+        path = locate(
+            self.root / "omniglot" / "all_runs.zip",
+            url=f"{ADDRESS}/{RUNS_ARCHIVE}",
+            md5=RUNS_MD5,
+            download=self.download,
+        )
+        return one_shot_runs(path)
+
+
+def one_shot_runs(path: Path) -> Runs:
+    """The runs of the one-shot challenge, from its archive.
+
+    Raises:
+        DatasetError: not a zip archive, or not the one of the runs.
+    """
+    files = _read(path, members())
+    labels = [answers(content, where) for where, content in files if where.endswith(".txt")]
+    with bombs_refused():
+        images = [_drawing(entry) for entry in files if entry[0].endswith(".png")]
+    pictures = torch.from_numpy(np.stack(images)).view(RUNS, 2, -1, 1, SIDE, SIDE)
+    return Runs(pictures[:, 0], pictures[:, 1], torch.tensor(labels))
 
 
 def drawings(path: Path) -> dict[str, list[str]]:
@@ -197,6 +226,8 @@ def _read(path: Path, members: Sequence[str]) -> list[tuple[str, bytes]]:
     try:
         with zipfile.ZipFile(path) as archive:
             for member in members:
+                if member not in archive.NameToInfo:
+                    raise DatasetError(f"{path} holds no {member!r}")
                 if archive.getinfo(member).file_size > MOST_BYTES:
                     raise DatasetError(f"{path}: {member} is too large to be a drawing")
             return [(f"{path}: {member}", archive.read(member)) for member in members]

@@ -501,14 +501,14 @@ def test_the_sensitivity_is_charted_where_something_was_swept(
     kind = "document.getElementById('chart-sensitivity').layout.xaxis.type"
     assert other.evaluate(kind) == "log"
     assert chart.locator(".scatterlayer .trace .errorbar").count() == 3 * 2 * 3
-    assert chart.locator(".xtick").all_inner_texts() == ["0.01", "0.1", "1"]
+    assert chart.locator(".xtick").all_text_contents() == ["0.01", "0.1", "1"]
     other.locator("#numbers-sensitivity summary").press("Enter")
     table = other.locator("#numbers-sensitivity table")
     assert table.locator("tbody tr").count() == 18
     assert "maml (norm single)" in table.inner_text()
     other.get_by_label("Setting", exact=True).select_option("norm")
     assert other.evaluate(kind) == "category"
-    assert chart.locator(".xtick").all_inner_texts() == ["single", "support"]
+    assert chart.locator(".xtick").all_text_contents() == ["single", "support"]
     assert "maml (inner_lr 0.01)" in table.inner_text()
     assert said == []
     other.close()

@@ -51,7 +51,7 @@ def test_every_file_of_the_package_is_found() -> None:
         dataset = datasets.get(name)
         assert dataset.name == name
         assert "\n" not in dataset.summary
-        assert set(dataset.splits) <= {"train", "val", "test"}
+        assert set(dataset.splits) <= {"train", "val", "test", "runs"}
 
 
 def test_a_registered_class_is_got_by_name_and_keeps_it() -> None:
