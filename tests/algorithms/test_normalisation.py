@@ -80,7 +80,13 @@ def test_running_averages_are_gathered_in_meta_training_alone() -> None:
     for i in range(3):
         (xs, ys), xq = (batch["train"][0][i], batch["train"][1][i]), batch["test"][0][i]
         fast = derivation.inner(
-            theta, (xs, ys), list(theta), steps=1, lr=0.4, optimizer="sgd", create_graph=False
+            theta,
+            (xs, ys),
+            list(theta),
+            steps=1,
+            lr=algorithm.inner_lr,
+            optimizer="sgd",
+            create_graph=False,
         )
         for x, p in ((xs, theta), (xq, fast)):
             features = torch.nn.functional.conv2d(x, p["conv1.weight"], None, 2, 1)

@@ -49,7 +49,7 @@ def test_a_cells_id_changes_with_every_setting_and_with_nothing_else(cell) -> No
     changed = [
         cell.model_copy(update={"seed": 1}),
         cell.model_copy(update={"meta_lr": 0.002}),
-        cell.model_copy(update={"hyperparameters": cell.hyperparameters | {"inner_lr": 0.1}}),
+        cell.model_copy(update={"hyperparameters": cell.hyperparameters | {"inner_lr": 0.3}}),
     ]
     assert len({cell.id, *(c.id for c in changed)}) == 4
     assert cell.model_copy().id == cell.id
