@@ -1,6 +1,11 @@
 """What all tests share."""
 
-import torch
+import os
 
-# The tensors here are tiny: a second thread costs more in waiting than it saves in work.
+# The tensors here are tiny, and the tests run on every core at once: a second thread costs more in
+# waiting than it saves in work, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+
 torch.set_num_threads(1)
