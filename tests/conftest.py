@@ -6,6 +6,6 @@ import os
 # waiting than it saves in work, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
