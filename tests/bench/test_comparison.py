@@ -175,7 +175,7 @@ def test_settings_that_are_unlike_are_named_and_tuned_ones_are_not(tmp_path: Pat
 
 def test_one_algorithm_set_up_in_two_ways_is_told_apart(tmp_path: Path) -> None:
     put(tmp_path / "a", cell_of("maml"), scores_of(0.6))
-    put(tmp_path / "b", cell_of("maml", inner_lr=0.1), scores_of(0.6))
+    put(tmp_path / "b", cell_of("maml", inner_lr=0.4), scores_of(0.6))
     put(tmp_path / "b", cell_of("maml"), scores_of(0.9))  # in both runs: the first is taken
     (row,) = compare([tmp_path / "a", tmp_path / "b"]).rows
     assert {row.algorithm_a, row.algorithm_b} == {"maml (inner_lr 0.1)", "maml (inner_lr 0.4)"}

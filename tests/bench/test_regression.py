@@ -176,10 +176,10 @@ def test_other_test_episodes_are_no_counterpart(tmp_path: Path) -> None:
 
 def test_a_changed_default_is_checked_and_named(tmp_path: Path) -> None:
     put(tmp_path / "old", cell_of(), BASE)
-    put(tmp_path / "new", cell_of(inner_lr=0.1), BASE - 0.05)
+    put(tmp_path / "new", cell_of(inner_lr=0.4), BASE - 0.05)
     found = check(tmp_path / "new", tmp_path / "old")
     assert found.regressed
-    assert any("settings changed: inner_lr 0.4 -> 0.1" in note for note in found.notes)
+    assert any("settings changed: inner_lr 0.1 -> 0.4" in note for note in found.notes)
 
 
 def test_a_cell_that_fails_now_is_a_regression(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_the_command_comes_to_the_same_cells(bench, tmp_path: Path, monkeypatch)
     sweep = tables.read(swept(tmp_path / "run")).sweep
     assert sweep is not None
     asked: list[str] = []
-    monkeypatch.setattr("bench.runner.check", lambda cells, _: asked.extend(c.id for c in cells))
+    monkeypatch.setattr("bench.runner.check", lambda cells, *_: asked.extend(c.id for c in cells))
     monkeypatch.setattr("bench.runner.estimate_seconds", lambda cells, _: dict.fromkeys(asked, 0))
     words = shlex.split(report.reproduction(sweep))
     assert bench(*words[3:], "--dry-run")[0] == 0

@@ -72,7 +72,7 @@ def test_a_recipe_leaves_nothing_that_decides_a_figure_to_defaults(name: str) ->
     decisive = ("inner_lr", "inner_steps", "eval_steps", "iterations", "meta_batch", "meta_lr")
     decisive += ("test_shots", "episodes", "val_every", "model")
     for sweep in recipe.sweeps().values():
-        assert [n for n in decisive if getattr(sweep, n) is None] == []
+        assert [n for n in decisive if n not in sweep.set] == []
         (val_every,) = {cell.val_every for cell in sweep.cells()}
         assert val_every == recipe.sweep["iterations"]  # the last parameters are kept
 
@@ -92,7 +92,7 @@ def test_the_scale_shortens_the_training_and_nothing_else() -> None:
             assert cell.iterations == iterations
             assert cell.val_every == 70_000
     assert recipe.sweeps()["oracle"].datasets == ["sinusoid_oracle"]
-    assert recipe.sweeps()["pretrained"].inner_lr != recipe.sweeps()[""].inner_lr
+    assert recipe.sweeps()["pretrained"].set["inner_lr"] != recipe.sweeps()[""].set["inner_lr"]
 
 
 # The verdict
