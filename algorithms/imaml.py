@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from algorithms.base import Algorithm, AlgorithmError, register
 from algorithms.inner_loop import Tasks
 from algorithms.losses import task_losses
+from algorithms.maml import MAML
 
 
 @register("imaml")
@@ -33,7 +34,10 @@ class IMAML(Algorithm):
     """
 
     summary = "implicit gradient where the inner steps end (Rajeswaran et al. 2019)"
-    defaults = {"*": {"inner_lr": 0.1, "inner_steps": 5, "eval_steps": 5}}
+    defaults = {
+        "*": {"inner_lr": 0.05, "inner_steps": 5, "eval_steps": 5},
+        "sinusoid": {**MAML.defaults["sinusoid"], "inner_steps": 5},
+    }
 
     def __init__(
         self, model: nn.Module, *, proximal: float = 2.0, cg_steps: int = 5, **settings: Any

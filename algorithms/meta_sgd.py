@@ -23,6 +23,11 @@ class MetaSGD(MAML):
     """
 
     summary = "MAML with a learned step size for every weight (Li et al. 2017)"
+    # Step sizes that were learned for one step can diverge in the next ones.
+    defaults = {
+        "*": {"eval_steps": 1},
+        "sinusoid": {**MAML.defaults["sinusoid"], "eval_steps": 1},
+    }
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__(model, **settings)

@@ -21,7 +21,10 @@ class Scratch(Algorithm):
     """
 
     summary = "adapts random weights, without meta-training"
-    defaults = {"*": {"iterations": 1, "inner_steps": 10, "eval_steps": 10, "inner_lr": 0.1}}
+    defaults = {
+        "*": {"iterations": 1, "inner_steps": 10, "eval_steps": 10, "inner_lr": 0.1},
+        "sinusoid": {"test_shots": 10, "inner_lr": 0.01},
+    }
 
     def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:
         fast = self.adapt(tasks, create_graph=False)

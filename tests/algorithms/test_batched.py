@@ -99,6 +99,13 @@ def test_the_papers_networks_agree(network: str, name: str, steps: int) -> None:
     assert verify(name, model, make_batch(SHAPES[network]), settings) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["boil", "cavia", "imaml", "maml_pp", "meta_sgd", "protonet"])
+@pytest.mark.parametrize("network", ["conv4", "conv4_pool"])
+def test_the_papers_networks_agree_under_newer_algorithms(network: str, name: str) -> None:
+    model = models.build(network, SHAPES[network], 3, seed=0)
+    assert verify(name, model, make_batch(SHAPES[network]), {}) < 1e-10
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_regression_agrees(name: str, optimizer: str) -> None:

@@ -69,7 +69,7 @@ def test_maml_learns_to_tell_new_omniglot_characters_apart(tmp_path: Path) -> No
     assert after_last_step(scores).mean() > 0.5
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "reptile"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "reptile", "boil", "protonet"])
 def test_every_algorithm_learns_glyphs_it_has_not_seen(name: str, tmp_path: Path) -> None:
     cell = only_cell(algos=[name], iterations=40)
     dataset = datasets.get("glyphs")()

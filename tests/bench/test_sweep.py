@@ -62,6 +62,12 @@ def test_training_shots_are_the_evaluations_unless_they_differ() -> None:
     assert cells(algos="reptile", train_shots="15")[0].train_shots == 15
 
 
+def test_gradients_of_a_meta_step_are_counted_as_each_algorithm_takes_them() -> None:
+    names = "maml,protonet,nearest,scratch,imaml"
+    found = {c.algorithm: c.gradients_per_step for c in cells(algos=names, inner_steps="3")}
+    assert found == {"maml": 16, "protonet": 4, "nearest": 0, "scratch": 12, "imaml": 40}
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

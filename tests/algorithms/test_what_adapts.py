@@ -1,10 +1,12 @@
-"""Algorithms without meta-learned inner steps: they say what they learn, which may be nothing."""
+"""What each algorithm learns and adapts: all, parts, an input of the network, or nothing."""
 
 import pytest
 import torch
 from torch import nn
 
 import algorithms
+from algorithms import models
+from algorithms.cavia import modulated_layer
 from tests.algorithms import derivation
 
 
@@ -83,3 +85,57 @@ def test_hyperparameters_are_those_that_mean_something() -> None:
     assert known["maml"] == known["boil"]
     with pytest.raises(algorithms.AlgorithmError, match="protonet has no 'inner_lr'"):
         make("protonet", inner_lr=0.1)
+
+
+def test_cavia_adapts_its_context_alone_and_never_learns_it() -> None:
+    cavia, batch = make("cavia", contexts=4, inner_lr=1.0), derivation.make_batch()
+    (context,) = cavia.adapted()
+    assert cavia.network.get_parameter(context) is cavia.film.context.weight
+    optimizer = torch.optim.SGD(cavia.parameters(), lr=0.1)
+    before = cavia.evaluate(batch, 2).loss
+    for _ in range(3):
+        cavia.meta_backward(batch)
+        optimizer.step()
+    assert not cavia.film.context.weight.any()
+    after = cavia.evaluate(batch, 2).loss
+    assert after[:, 2].mean() < before[:, 2].mean()
+    assert not torch.equal(after[:, 0], after[:, 2])
+
+
+@pytest.mark.parametrize(("network", "place"), [("conv4", "body.7"), ("mlp", "body.1")])
+def test_a_context_modulates_the_papers_layer(network: str, place: str) -> None:
+    model = models.build(network, (1, 20, 20), 3, seed=0)
+    assert modulated_layer(model) is model.get_submodule(place)
+
+
+def test_a_model_without_a_layer_to_modulate_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(algorithms.AlgorithmError, match="two layers of weights before the head"):
+        algorithms.create("cavia", model)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("cavia", {"contexts": 0}, "contexts is 0"),
+        ("imaml", {"proximal": 0}, "proximal is 0; it must be positive"),
+        ("imaml", {"cg_steps": 0}, "cg_steps is 0; it must be positive"),
+        ("maml_pp", {"multi_step_until": 1.5}, "multi_step_until is 1.5; it must be from 0 to 1"),
+    ],
+)
+def test_a_bad_setting_of_an_algorithms_own_is_named(
+    name: str, setting: dict, message: str
+) -> None:
+    with pytest.raises(algorithms.AlgorithmError, match=message):
+        make(name, **setting)
+
+
+@pytest.mark.parametrize("name", ["meta_sgd", "maml_pp", "cavia"])
+def test_state_brings_back_all_that_was_learned(name: str) -> None:
+    batch, (learned, other) = derivation.make_batch(), (make(name), make(name))
+    optimizer = torch.optim.SGD(learned.parameters(), lr=0.1)
+    learned.meta_backward(batch)
+    optimizer.step()
+    assert not torch.equal(learned.evaluate(batch).loss, other.evaluate(batch).loss)
+    other.load_state_dict({n: v.clone() for n, v in learned.state_dict().items()})
+    assert torch.equal(learned.evaluate(batch).loss, other.evaluate(batch).loss)
