@@ -23,11 +23,11 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench import stats
-from bench.environment import cpu_name
 from bench.errors import BenchError
 from bench.files import write_text
+from bench.measure import STEP
 from bench.stats import Interval
-from bench.store import TRAINING, Record, Run, to_json
+from bench.store import PERFORMANCE, TRAINING, Record, Run, to_json
 from bench.sweep import Cell, Rate, Sweep, first_fault, read_sweep
 
 if sys.version_info >= (3, 11):
@@ -348,6 +348,14 @@ class Outcome:
         metric = self.unit * np.mean([log["metric"] for log in logs], axis=0)
         return [float(part.mean()) for part in np.array_split(metric, 10) if part.size]
 
+    def core_hours(self) -> float:
+        """Processor time of a seed's training: that of a measured meta-step, times the iterations.
+        Unlike seconds, it does not grow with what else the machine had to do."""
+        cells = Run(self.folder).cells
+        logs = [pd.read_parquet(cells / record.cell.id / PERFORMANCE) for record in self.records]
+        steps = pd.concat(log[log["phase"] == STEP] for log in logs)
+        return float(steps["process_seconds"].median()) * self.records[0].cell.iterations / 3600
+
     def reference(self) -> dict[str, Any]:
         """What is kept of it: figures, seeds, and the commit and machine that made them."""
         ours, first = self.ours, self.records[0]
@@ -367,6 +375,8 @@ class Outcome:
             "learning": self.learning(),
             "verdict": self.verdict.word,
             "train_seconds": [record.figures["train_seconds"] for record in self.records],
+            "train_core_hours": self.core_hours(),
+            "device": first.cell.device,
             "source": first.source,
             "environment": {name: made[name] for name in ENVIRONMENT},
         }
@@ -449,21 +459,23 @@ def learning_markdown(kept: Iterable[dict[str, Any]]) -> str:
 
 
 def listing() -> list[dict[str, str]]:
-    """One row a recipe: ``recipe``, ``published``, ``ours`` and ``cost``, the last two empty where
-    there is no reference run, the cost also where that was on another processor."""
+    """One row a recipe: ``recipe``, ``published``, ``ours``, and what a seed's training costs in
+    full on a ``cpu`` and on a ``gpu``; what was not run is empty."""
     latest: dict[str, dict[str, Any]] = {}
     for reference in sorted(references(), key=lambda reference: float(reference["scale"])):
         latest[reference["recipe"]] = reference  # the one of the largest scale
     rows = []
     for name in names():
         row = {"recipe": name, "published": str(published()[read(name).published])}
-        row |= {"ours": "", "cost": ""}
+        row |= {"ours": "", "cpu": "", "gpu": ""}
         if name in latest:
             reference = latest[name]
             scale = reference["scale"]
             row["ours"] = reference_figure(reference) + ("" if scale == 1 else f" at {scale:g}")
-            if reference["environment"]["cpu"] == cpu_name():
+            if reference["device"] == "cpu":
+                row["cpu"] = f"{reference['train_core_hours'] / scale:.1f} core hours"
+            else:
                 hours = np.mean(reference["train_seconds"]) / scale / 3600
-                row["cost"] = f"about {hours:.1f} h a seed"
+                row["gpu"] = f"{hours:.1f} h"
         rows.append(row)
     return rows

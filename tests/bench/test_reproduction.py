@@ -218,15 +218,19 @@ def test_a_recipe_ends_in_ours_beside_theirs_and_a_verdict(
     assert f"{ours:.2f}" in again
     status, listed, _ = bench("list", "recipes")
     assert status == 0
-    assert re.search(rf"tiny .* 99\.50 .* {ours:.2f} .* at 0\.1 .* about .* h a seed", listed)
+    assert re.search(rf"tiny .* 99\.50 .* {ours:.2f} .* at 0\.1 .* core hours", listed)
     line = markdown(reproduction.references()).splitlines()[-1]
     assert line.startswith("| MAML on tiny | 99.50 ± 0.10")
     assert f"{ours:.2f}" in line
     assert line.endswith("| 6 (0.1 of the paper's) | below |")
 
-    # What it costs is known on the machine that it was run on alone.
-    monkeypatch.setattr(reproduction, "cpu_name", lambda: "an abacus")
-    assert [row["cost"] for row in reproduction.listing()] == ["", ""]
+    # A cost in processor time, of one training in full, whatever the scale.
+    steps = pd.concat(
+        pd.read_parquet(f"results/tiny/cells/{cell}/performance.parquet")
+        for cell in summary["cell_id"]
+    ).query("phase == 'meta_step'")
+    assert kept["train_core_hours"] == pytest.approx(6 * steps["process_seconds"].median() / 3600)
+    assert {row["gpu"] for row in reproduction.listing()} == {""}
 
 
 def test_a_recipe_of_waves_draws_how_the_network_adapts(bench, place: Path) -> None:
