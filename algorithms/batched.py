@@ -26,6 +26,7 @@ from algorithms.batched_layers import (
     TaskLayer,
     TaskLayerNorm,
     TaskLinear,
+    TaskSequential,
     TaskWeights,
 )
 from algorithms.inner_loop import Fast, InnerLoop, Rate, Tasks, UnsupportedError
@@ -45,7 +46,7 @@ LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskL
 }
 
 
-PASS_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+PASS_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Elements that the support set's widest activation may have in a pass: more tasks leave the
 processor's cache, or fill the device's memory, and gain nothing. The query set's, which is not
 differentiated twice, may have sixteen times as many."""
@@ -315,6 +316,9 @@ def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeigh
             for name, child in module._modules.items():  # named_children skips repeated ones
                 if child is not None:
                     module._modules[name] = replace(child, f"{path}.{name}" if path else name)
+            if type(module) is nn.Sequential and not _hooked(module):
+                made = TaskSequential()
+                made._modules = module._modules  # as they are, also where one is there twice
         replaced[id(module)] = made
         return made
 
@@ -350,12 +354,16 @@ def _check_settings(layer: nn.Module, path: str) -> None:
             odd.append("scaled or sparse gradients")
     if getattr(layer, "track_running_stats", False):
         odd.append("track_running_stats=True")
-    if layer._forward_hooks or layer._forward_pre_hooks or list(layer.children()):
+    if _hooked(layer) or list(layer.children()):
         odd.append("hooks or parametrizations")
     if odd:
         raise UnsupportedError(
             f"{_public(type(layer))} ({path}) with {', '.join(odd)} cannot be batched over tasks"
         )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _public(layer: type[nn.Module]) -> str:

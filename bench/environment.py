@@ -15,6 +15,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from algorithms import kernels
 from bench.sweep import Sweep
 
 PACKAGES = ("torch", "higher", "numpy", "pandas", "scipy", "seaborn", "fewshot-bench")
@@ -36,6 +37,7 @@ def environment(sweep: Sweep) -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "threads": torch.get_num_threads(),
         "blas": blas(),
+        "kernels": kernels.missing() or "compiled",
         "clocks": {"wall": clock("perf_counter"), "process": clock("process_time")},
         "seeds": sweep.seeds,
         "eval_seed": sweep.set.get("eval_seed", [0]),

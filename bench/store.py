@@ -216,6 +216,7 @@ def source_hash(plugin: Path | None = None) -> str:
     decisive = [home / f"{name}.py" for name in ("sweep", "training", "protocol", "measure")]
     for package in ("algorithms", "datasets"):
         decisive += sorted((home.parent / package).rglob("*.py"))
+        decisive += sorted((home.parent / package).rglob("*.c"))
     if plugin is not None:
         decisive.append(plugin)
     digest = hashlib.sha256()

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import algorithms
-from algorithms import batched_layers, models
-from algorithms.batched_layers import Convolution, FromPatches, Patches, Standardise, Window
+from algorithms import kernels, models, task_convolutions, task_normalisation
 from algorithms.normalisation import MODES
+from algorithms.task_convolutions import Convolution, FromPatches, Patches, Window
+from algorithms.task_normalisation import normalise
 from algorithms.verification import verify
 from tests.algorithms import derivation
 from tests.algorithms.test_meta_gradients import make_model, relative_error
@@ -385,38 +386,114 @@ def test_patches_differentiate_twice(window: Window, size: tuple[int, int]) -> N
         assert gradgradcheck(function, at)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def kernels_used(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tests run by the compiled kernels, which must be there, and by torch's operators."""
+    if request.param == "compiled":
+        assert kernels.missing() == ""
+    else:
+        for module in (task_convolutions, task_normalisation):
+            monkeypatch.setattr(module, "kernels_for", lambda tensor: None)
+    return request.param
+
+
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("window", [w for w, _ in windows() if w.before == w.after])
-def test_native_convolutions_differentiate_twice(window: Window, shared: bool) -> None:
-    images = torch.randn(4, 2, 5, 5, dtype=torch.float64, requires_grad=True)
-    kernels = torch.randn(2, 3, 2, *window.kernel, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(("window", "size"), windows())
+def test_convolutions_differentiate_twice(
+    window: Window, size: tuple[int, int], shared: bool, kernels_used: str
+) -> None:
+    if kernels_used == "torch" and window.before != window.after:
+        pytest.skip("torch has no convolution with such a padding; patches are used instead")
+    images = torch.randn(4, 2, *size, dtype=torch.float64, requires_grad=True)
+    each = torch.randn(2, 3, 2, *window.kernel, dtype=torch.float64, requires_grad=True)
 
-    def convolve(images: Tensor, kernels: Tensor) -> Tensor:
-        each = kernels[:1].expand_as(kernels) if shared else kernels
-        return Convolution.apply(images, each, window)
+    def convolve(images: Tensor, each: Tensor) -> Tensor:
+        return Convolution.apply(images, each[:1].expand_as(each) if shared else each, window)
 
-    assert gradcheck(convolve, (images, kernels))
-    assert gradgradcheck(convolve, (images, kernels))
+    assert gradcheck(convolve, (images, each))
+    assert gradgradcheck(convolve, (images, each))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("network", ["conv4", "conv4_pool"])
-def test_native_convolutions_agree(
+def test_the_papers_networks_agree_without_compiled_kernels(
     network: str, name: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batched_layers, "NATIVE_FROM", 0)
+    for module in (task_convolutions, task_normalisation):
+        monkeypatch.setattr(module, "kernels_for", lambda tensor: None)
     model = models.build(network, SHAPES[network], 3, seed=0)
     settings = {"inner_lr": 0.1, "inner_steps": steps}
-    assert verify(name, model, make_batch(SHAPES[network]), settings) < 1e-10
+    for native_from in (0, task_convolutions.NATIVE_FROM):
+        monkeypatch.setattr(task_convolutions, "NATIVE_FROM", native_from)
+        assert verify(name, model, make_batch(SHAPES[network]), settings) < 1e-10
 
 
-@pytest.mark.parametrize("block", [1, 12, 2**20])
-def test_standardise_differentiates_twice(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batched_layers, "BLOCK_ELEMENTS", block)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("scale", [False, True])
+def test_normalisation_differentiates_twice(
+    scale: bool, shift: bool, relu: bool, kernels_used: str
+) -> None:
+    torch.manual_seed(0)
     rows = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: Standardise.apply(x, 1e-5), rows)
-    assert gradgradcheck(lambda x: Standardise.apply(x, 1e-5), rows)
+    affine = torch.randn(2, 2, 1, 3, dtype=torch.float64)
+    weight, bias = (
+        value.requires_grad_() if there else None
+        for value, there in zip(affine, (scale, shift), strict=True)
+    )
+    given = [each for each in (rows, weight, bias) if each is not None]
+
+    def function(*given: Tensor) -> Tensor:
+        rows, *others = given
+        left = iter(others)
+        weight, bias = (next(left) if there else None for there in (scale, shift))
+        return normalise(rows, 1e-5, weight, bias, relu=relu)
+
+    assert gradcheck(function, given)
+    assert gradgradcheck(function, given)
+
+
+def test_what_is_not_a_number_stays_so_through_the_rectifier(kernels_used: str) -> None:
+    rows = torch.randn(1, 4, 2)
+    rows[0, 0, 0] = float("nan")
+    outputs = normalise(rows, 1e-5, None, None, relu=True)
+    assert outputs[..., 0].isnan().all()
+    assert outputs[..., 1].isfinite().all()
+
+
+def test_normalisation_has_no_third_derivative(kernels_used: str) -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    y = normalise(x, 1e-5, None, None, relu=False)
+    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no third derivative|once_differentiable"):
+        torch.autograd.grad(second.sum(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_bits_do_not_depend_on_the_number_of_threads(tasks: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    window = Window((3, 3), (2, 2), (1, 1), (1, 1), (1, 1))
+    images = torch.randn(tasks * 40, 32, 14, 14, generator=g).to(dtype).requires_grad_()
+    each = torch.randn(tasks, 32, 32, 3, 3, generator=g).to(dtype).requires_grad_()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            features = task_convolutions.convolution(images, each, window)
+            rows = features.movedim(1, -1).reshape(tasks, -1, 32)
+            outputs = normalise(rows, 1e-5, None, None, relu=True)
+            first = torch.autograd.grad(
+                (outputs * outputs).sum(), (images, each), create_graph=True
+            )
+            second = torch.autograd.grad(sum((x * x).sum() for x in first), (images, each))
+            found.append([outputs, *first, *second])
+    finally:
+        torch.set_num_threads(threads)
+    for values in zip(*found, strict=True):
+        assert all(torch.equal(values[0], other) for other in values)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4, track_running_stats=False), nn.LayerNorm(4)])

@@ -1,0 +1,244 @@
+"""The batched engine's compiled kernels: what it does most of on a CPU, built for this machine.
+
+``kernels.c`` is compiled once, by the C compiler that is there, into the user's cache folder; its
+matrix products are those of the BLAS that torch brings. Where it cannot be built or used, torch's
+operators do the same work, slower: :data:`reason` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", "-fopenmp")
+LIBRARY = ("-shared", "-fPIC")
+KEPT_BYTES = 2**28
+"""How much of the memory that a step frees stays with the process for the next one; to get it anew
+from the system, page by page, takes a tenth of a step."""
+TYPES = {torch.float32: ("float", "sgemm_"), torch.float64: ("double", "dgemm_")}
+
+
+class KernelsError(RuntimeError):
+    """The kernels cannot be built or used here; the message is one line and says why."""
+
+
+class Geometry(ctypes.Structure):
+    """``Geometry`` in ``kernels.c``."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("threads", "tasks", "samples", "height", "width", "channels"),
+            *("rows", "columns", "filters", "kernel_height", "kernel_width"),
+            *("stride_y", "stride_x", "dilation_y", "dilation_x", "top", "left", "shared"),
+        )
+    ]
+
+
+class Layout(ctypes.Structure):
+    """``Layout`` in ``kernels.c``."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("threads", "groups", "rows", "channels", "relu")),
+        ("eps", ctypes.c_double),
+    ]
+
+
+class Kernels:
+    """The kernels for one type of numbers. Tensors are on the CPU and of that type.
+
+    Raises:
+        KernelsError: they cannot be built or used here.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        name, product = TYPES[dtype]
+        self.library = ctypes.CDLL(str(built(name)))
+        self.product = ctypes.cast(getattr(_torch_library(), product), ctypes.c_void_p)
+
+    def convolve(
+        self, name: str, geometry: Geometry, images: Tensor, kernels: Tensor, outputs: Tensor
+    ) -> None:
+        """Fill one of three contiguous tensors from the two others.
+
+        Args:
+            name: ``"convolution"`` fills the outputs, ``"convolution_to_images"`` and
+                ``"convolution_to_kernels"``, its derivatives, what they are named after.
+            geometry: all but the threads.
+            images: ``(tasks * samples, height, width, channels)``.
+            kernels: ``(tasks, filters, kernel_height, kernel_width, channels)``.
+            outputs: ``(tasks * samples, rows, columns, filters)``.
+        """
+        geometry.threads = torch.get_num_threads()
+        function = getattr(self.library, name)
+        _checked(function(ctypes.byref(geometry), self.product, *_at(images, kernels, outputs)))
+
+    def normalise(
+        self, rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What :class:`algorithms.task_normalisation.Normalise` returns."""
+        outputs, standard = torch.empty_like(rows), torch.empty_like(rows)
+        scale = rows.new_empty(rows.shape[0], 1, rows.shape[2])
+        tensors = (rows, weight, bias, outputs, standard, scale)
+        _checked(self.library.normalise(_layout(rows, relu, eps), *_at(*tensors)))
+        return outputs, standard, scale
+
+    def normalise_backward(
+        self,
+        to_outputs: Tensor | None,
+        to_standard: Tensor | None,
+        through: Tensor | None,
+        standard: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What :class:`algorithms.task_normalisation.NormaliseBackward` returns."""
+        to_rows = torch.empty_like(standard)
+        to_weight, to_bias = torch.empty_like(scale), torch.empty_like(scale)
+        arriving = (to_outputs, to_standard, through)
+        tensors = (*arriving, standard, scale, weight, bias, to_rows, to_weight, to_bias)
+        _checked(self.library.normalise_backward(_layout(standard, relu), *_at(*tensors)))
+        return to_rows, to_weight, to_bias
+
+    def normalise_twice(
+        self,
+        u: Tensor,
+        v_weight: Tensor | None,
+        v_bias: Tensor | None,
+        to_outputs: Tensor,
+        standard: Tensor,
+        scale: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        h_y: Tensor,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :class:`algorithms.task_normalisation.NormaliseBackward` hands back: to the gradient
+        of the outputs, to the standardised rows, to the scale and to the weight."""
+        to_to_outputs, to_standard = torch.empty_like(standard), torch.empty_like(standard)
+        to_scale, to_weight = torch.empty_like(scale), torch.empty_like(scale)
+        given = (u, v_weight, v_bias, to_outputs, standard, scale, weight, bias, h_y)
+        made = (to_to_outputs, to_standard, to_scale, to_weight)
+        _checked(self.library.normalise_twice(_layout(standard, relu), *_at(*given, *made)))
+        return made
+
+
+def kernels_for(tensor: Tensor) -> Kernels | None:
+    """The kernels for such tensors; None where torch's operators have to do."""
+    if tensor.device.type != "cpu" or tensor.dtype not in TYPES:
+        return None
+    return _kernels_of(tensor.dtype)
+
+
+def missing() -> str:
+    """Why the kernels cannot be used on this machine, in one line; empty where they can."""
+    try:
+        Kernels(torch.float32)
+    except KernelsError as error:
+        return str(error)
+    return ""
+
+
+@cache
+def _kernels_of(dtype: torch.dtype) -> Kernels | None:
+    try:
+        return Kernels(dtype)
+    except KernelsError:
+        return None
+
+
+def built(name: str) -> Path:
+    """The library of ``kernels.c`` for a type of C's, compiled if it is not there yet.
+
+    Raises:
+        KernelsError: no compiler, or one that fails.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise KernelsError("there is no C compiler (cc, or what $CC names)")
+    command = [compiler, *FLAGS, *LIBRARY, f"-DREAL={name}", str(SOURCE), "-lm"]
+    identity = (SOURCE.read_text(encoding="utf-8"), *command, _processor())
+    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    path = platformdirs.user_cache_path("fewshot-bench") / "kernels" / f"{name}-{digest}.so"
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            aside = Path(folder) / path.name
+            subprocess.run([*command, "-o", str(aside)], check=True, capture_output=True, text=True)
+            aside.replace(path)  # whole or not at all, whoever else builds
+    except subprocess.CalledProcessError as error:
+        line = next(iter(error.stderr.splitlines()), f"exit status {error.returncode}")
+        raise KernelsError(f"{compiler} cannot build kernels.c: {line}") from error
+    except OSError as error:
+        raise KernelsError(f"cannot write to {path.parent}: {error.strerror}") from error
+    return path
+
+
+@cache
+def _torch_library() -> ctypes.CDLL:
+    """The library that has torch's BLAS.
+
+    Raises:
+        KernelsError: it has none that can be called.
+    """
+    if sys.platform != "linux":
+        raise KernelsError("they are for Linux")
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        for _, product in TYPES.values():
+            getattr(library, product)
+    except (OSError, AttributeError) as error:
+        raise KernelsError(f"torch's BLAS cannot be called: {error}") from error
+    _keep_freed_memory()
+    return library
+
+
+def _keep_freed_memory() -> None:
+    trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h; other C libraries have no such
+    with suppress(AttributeError):
+        adjust = ctypes.CDLL(None).mallopt
+        adjust(trim_threshold, KEPT_BYTES)
+        adjust(mmap_threshold, KEPT_BYTES)
+
+
+def _processor() -> str:
+    """What the compiler builds for: a cache folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _layout(rows: Tensor, relu: bool, eps: float = 0.0) -> Any:
+    return ctypes.byref(Layout(torch.get_num_threads(), *rows.shape, relu, eps))
+
+
+def _at(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    return [ctypes.c_void_p(None if each is None else each.data_ptr()) for each in tensors]
+
+
+def _checked(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for what a kernel works in")
