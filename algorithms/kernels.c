@@ -193,55 +193,19 @@ static int convolve(int map, const Geometry *s, Gemm *gemm, REAL *images, REAL *
     return failed;
 }
 
-int convolution(const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels,
-                      REAL *outputs) {
+int convolution(const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels, REAL *outputs) {
     return convolve(FORWARD, s, gemm, images, kernels, outputs);
 }
 
 int convolution_to_images(const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels,
-                                REAL *outputs) {
+                          REAL *outputs) {
     return convolve(TO_IMAGES, s, gemm, images, kernels, outputs);
 }
 
 int convolution_to_kernels(const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels,
-                                 REAL *outputs) {
+                           REAL *outputs) {
     return convolve(TO_KERNELS, s, gemm, images, kernels, outputs);
 }
-
-/* For every row and channel of an item: `c` is the channel, `i` the element's index. */
-#define EACH(from, to, statement)                                                                  \
-    for (int64_t row = from; row < to; row++) {                                                    \
-        _Pragma("omp simd") for (int64_t c = low; c < high; c++) {                                 \
-            const int64_t i = row * channels + c;                                                  \
-            statement;                                                                             \
-        }                                                                                          \
-    }
-
-/* totals[c] = the sum over rows of `term`, in short runs, so that rounding does not grow with the
- * rows. */
-#define COLUMN_SUMS(totals, term)                                                                  \
-    do {                                                                                           \
-        memset(totals + low, 0, (high - low) * sizeof(REAL));                                      \
-        for (int64_t first = 0; first < rows; first += RUN) {                                      \
-            const int64_t last = first + RUN < rows ? first + RUN : rows;                          \
-            memset(part + low, 0, (high - low) * sizeof(REAL));                                    \
-            EACH(first, last, part[c] += (term));                                                  \
-            for (int64_t c = low; c < high; c++)                                                   \
-                totals[c] += part[c];                                                              \
-        }                                                                                          \
-    } while (0)
-#define RUN 64
-
-#define AFFINE                                                                                     \
-    for (int64_t c = low; c < high; c++) {                                                         \
-        w[c] = all_w ? all_w[group * channels + c] : 1;                                            \
-        b[c] = all_b ? all_b[group * channels + c] : 0;                                            \
-    }
-
-/* Items that threads take: a group, or where these are few a cache line of its channels. A channel
- * is computed alike in both. */
-#define LINE 16
-#define WIDTH (layout->groups < layout->threads ? LINE : channels)
 
 /* Groups of rows (groups, rows, channels), normalised within each group and channel, then scaled,
  * shifted and rectified:
@@ -254,48 +218,149 @@ typedef struct {
     double eps;
 } Layout;
 
-/* Whether the rectifier passes z: as it is written, what is not a number passes. */
-#define PASSES(z) (!((z) <= lowest))
-#define LOWEST (layout->relu ? 0 : -(REAL)INFINITY)
+/* What the functions below read and fill: (groups, rows, channels) or (groups, channels). */
+typedef struct {
+    const REAL *x, *w, *b, *to_out, *to_y, *through, *u, *v_w, *v_b, *sum_h_y;
+    REAL *out, *y, *scale, *to_x, *to_w, *to_b, *to_to_out, *to_standard, *to_scale;
+} Tensors;
 
-/* x, out, y (groups, rows, channels); w, b, scale (groups, channels). */
-int normalise(const Layout *layout, const REAL *restrict all_x, const REAL *all_w,
-              const REAL *all_b, REAL *restrict all_out, REAL *restrict all_y,
-              REAL *restrict all_scale) {
-    const int64_t rows = layout->rows, channels = layout->channels;
-    const int64_t width = WIDTH, ranges = (channels + width - 1) / width;
-    const REAL lowest = LOWEST;
+/* An item, which a thread takes whole: some channels of a group. */
+typedef struct {
+    int64_t group, low, high;
+    REAL *vectors; /* VECTORS of them, of `channels` elements each */
+} Item;
+
+#define VECTORS 10
+#define LINE 16 /* channels of an item where groups are few */
+#define RUN 64  /* rows that are summed at once, so that rounding does not grow with the rows */
+
+typedef void Function(const Layout *, const Tensors *, const Item *);
+
+static int for_every_item(Function *function, const Layout *layout, const Tensors *tensors) {
+    const int64_t channels = layout->channels;
+    const int64_t width = layout->groups < layout->threads ? LINE : channels;
+    const int64_t ranges = (channels + width - 1) / width;
     int failed = 0;
 #pragma omp parallel num_threads(layout->threads) reduction(| : failed)
     {
-        REAL *const scratch = malloc(4 * channels * sizeof(REAL));
-        failed = scratch == NULL;
+        REAL *vectors = malloc(VECTORS * channels * sizeof(REAL));
+        failed = vectors == NULL;
 #pragma omp for
-        for (int64_t item = 0; item < layout->groups * ranges; item++) {
-            if (scratch == NULL)
-                continue;
-            const int64_t group = item / ranges, low = item % ranges * width;
+        for (int64_t i = 0; i < layout->groups * ranges; i++) {
+            const int64_t low = i % ranges * width;
             const int64_t high = low + width < channels ? low + width : channels;
-            REAL *restrict part = scratch, *restrict mean = part + channels;
-            REAL *restrict w = mean + channels, *restrict b = w + channels;
-            const REAL *restrict x = all_x + group * rows * channels;
-            REAL *restrict out = all_out + group * rows * channels;
-            REAL *restrict y = all_y + group * rows * channels;
-            REAL *restrict scale = all_scale + group * channels;
-            AFFINE
-            COLUMN_SUMS(mean, x[i]);
-            for (int64_t c = low; c < high; c++)
-                mean[c] /= rows;
-            COLUMN_SUMS(scale, (x[i] - mean[c]) * (x[i] - mean[c]));
-            for (int64_t c = low; c < high; c++)
-                scale[c] = 1 / SQRT(scale[c] / rows + (REAL)layout->eps);
-            EACH(0, rows, const REAL standard = (x[i] - mean[c]) * scale[c];
-                 const REAL z = w[c] * standard + b[c];
-                 y[i] = standard; out[i] = PASSES(z) ? z : 0);
+            const Item item = {i / ranges, low, high, vectors};
+            if (vectors != NULL)
+                function(layout, tensors, &item);
         }
-        free(scratch);
+        free(vectors);
     }
     return failed;
+}
+
+/* The names that an item's function uses: p_1 and p_2 are for sums, v_1 to v_6 free. */
+#define ITEM                                                                                       \
+    const int64_t rows = layout->rows, channels = layout->channels;                                \
+    const int64_t low = item->low, high = item->high, few = item->group * channels;                \
+    const int64_t at = few * rows;                                                                 \
+    const REAL share = (REAL)1 / rows, lowest = layout->relu ? 0 : -(REAL)INFINITY;                \
+    REAL *restrict p_1 = item->vectors, *restrict p_2 = p_1 + channels;                            \
+    REAL *restrict w = p_2 + channels, *restrict b = w + channels;                                 \
+    REAL *restrict v_1 = b + channels, *restrict v_2 = v_1 + channels;                             \
+    REAL *restrict v_3 = v_2 + channels, *restrict v_4 = v_3 + channels;                           \
+    REAL *restrict v_5 = v_4 + channels, *restrict v_6 = v_5 + channels;                           \
+    EACH_CHANNEL(w[c] = t->w ? t->w[few + c] : 1; b[c] = t->b ? t->b[few + c] : 0)                 \
+    (void)p_1, (void)p_2, (void)v_1, (void)v_2, (void)v_3, (void)v_4, (void)v_5, (void)v_6;        \
+    (void)share, (void)lowest, (void)at
+
+#define EACH_CHANNEL(statement)                                                                    \
+    for (int64_t c = low; c < high; c++) {                                                         \
+        statement;                                                                                 \
+    }
+
+/* `c` is an element's channel, `i` its index. */
+#define EACH(from, to, statement)                                                                  \
+    for (int64_t row = from; row < to; row++) {                                                    \
+        _Pragma("omp simd") for (int64_t c = low; c < high; c++) {                                 \
+            const int64_t i = row * channels + c;                                                  \
+            statement;                                                                             \
+        }                                                                                          \
+    }
+
+/* A pass in runs: `statement` adds to p_1[c] and p_2[c], what they came to is taken at the end of
+ * each run of `count` rows from `first`. */
+#define IN_RUNS(statement, at_the_end)                                                             \
+    for (int64_t first = 0; first < rows; first += RUN) {                                          \
+        const int64_t count = rows - first < RUN ? rows - first : RUN;                             \
+        EACH_CHANNEL(p_1[c] = 0; p_2[c] = 0)                                                       \
+        EACH(first, first + count, statement)                                                      \
+        at_the_end;                                                                                \
+    }
+
+#define TWO_SUMS(sum_1, sum_2, statement)                                                          \
+    EACH_CHANNEL(sum_1[c] = 0; sum_2[c] = 0)                                                       \
+    IN_RUNS(statement, EACH_CHANNEL(sum_1[c] += p_1[c]; sum_2[c] += p_2[c]))
+
+/* Whether the rectifier passes z: as it is written, what is not a number passes. */
+#define PASSES(z) (!((z) <= lowest))
+
+static void normalise_item(const Layout *layout, const Tensors *t, const Item *item) {
+    ITEM;
+    const REAL *restrict x = t->x + at;
+    REAL *restrict out = t->out + at, *restrict scale = t->scale + few;
+    REAL *restrict mean = v_1, *restrict squares = v_2; /* of what is about the mean */
+    EACH_CHANNEL(mean[c] = 0; squares[c] = 0)
+    /* Runs are joined as by Chan et al. 1979: exact, and each is read from memory once. */
+    IN_RUNS(
+        p_1[c] += x[i],
+        EACH_CHANNEL(p_1[c] /= count)
+        EACH(first, first + count, p_2[c] += (x[i] - p_1[c]) * (x[i] - p_1[c]))
+        EACH_CHANNEL(
+            const REAL away = p_1[c] - mean[c]; const REAL part = (REAL)count / (first + count);
+            mean[c] += away * part;
+            squares[c] += p_2[c] + away * away * part * first))
+    EACH_CHANNEL(scale[c] = 1 / SQRT(squares[c] * share + (REAL)layout->eps))
+    if (t->y) {
+        REAL *restrict y = t->y + at;
+        EACH(0, rows, const REAL standard = (x[i] - mean[c]) * scale[c];
+             const REAL z = w[c] * standard + b[c]; y[i] = standard; out[i] = PASSES(z) ? z : 0)
+    } else
+        EACH(0, rows, const REAL z = w[c] * ((x[i] - mean[c]) * scale[c]) + b[c];
+             out[i] = PASSES(z) ? z : 0)
+}
+
+/* Fills out, scale and, unless it is NULL, y from x. */
+int normalise(const Layout *layout, const Tensors *tensors) {
+    return for_every_item(normalise_item, layout, tensors);
+}
+
+static void normalise_backward_item(const Layout *layout, const Tensors *t, const Item *item) {
+    ITEM;
+    const REAL *restrict y = t->y + at, *restrict scale = t->scale + few;
+    REAL *restrict to_x = t->to_x + at; /* holds h, then k, until their means are known */
+    REAL *restrict sum_h = t->to_b + few, *restrict sum_h_y = t->to_w + few;
+    REAL *restrict mean_k = v_1, *restrict mean_k_y = v_2;
+    REAL *restrict factor = v_3, *restrict through = v_4;
+    if (t->to_out) {
+        const REAL *restrict to_out = t->to_out + at;
+        TWO_SUMS(sum_h, sum_h_y, const REAL arriving = to_out[i];
+                 const REAL h = PASSES(w[c] * y[i] + b[c]) ? arriving : 0;
+                 to_x[i] = h; p_1[c] += h; p_2[c] += h * y[i])
+    } else {
+        EACH(0, rows, to_x[i] = 0)
+        EACH_CHANNEL(sum_h[c] = 0; sum_h_y[c] = 0)
+    }
+    if (t->to_y) {
+        const REAL *restrict to_y = t->to_y + at;
+        TWO_SUMS(mean_k, mean_k_y, const REAL k = w[c] * to_x[i] + to_y[i];
+                 to_x[i] = k; p_1[c] += k; p_2[c] += k * y[i])
+        EACH_CHANNEL(factor[c] = scale[c])
+    } else
+        EACH_CHANNEL(mean_k[c] = w[c] * sum_h[c]; mean_k_y[c] = w[c] * sum_h_y[c];
+                     factor[c] = w[c] * scale[c])
+    EACH_CHANNEL(mean_k[c] *= share * scale[c];
+                 through[c] = (t->through ? t->through[few + c] : 0) - mean_k_y[c] * share * scale[c])
+    EACH(0, rows, to_x[i] = factor[c] * to_x[i] - mean_k[c] + y[i] * through[c])
 }
 
 /* The derivatives of `normalise`, transposed. With h = to_out where z passes, and 0 elsewhere,
@@ -303,135 +368,42 @@ int normalise(const Layout *layout, const REAL *restrict all_x, const REAL *all_
  *   to_b = sum h;  to_w = sum h y
  *   to_x = scale (k - mean k - y mean(k y)) + y through,  k = w h + to_y
  *
- * to_y (groups, rows, channels) and through (groups, channels), what arrives by way of y and of
- * scale, may be NULL (0), and so may to_out. */
-int normalise_backward(const Layout *layout, const REAL *all_to_out, const REAL *all_to_y,
-                       const REAL *all_through, const REAL *restrict all_y,
-                       const REAL *restrict all_scale, const REAL *all_w, const REAL *all_b,
-                       REAL *restrict all_to_x, REAL *restrict all_to_w, REAL *restrict all_to_b) {
-    const int64_t rows = layout->rows, channels = layout->channels;
-    const int64_t width = WIDTH, ranges = (channels + width - 1) / width;
-    const REAL lowest = LOWEST;
-    int failed = 0;
-#pragma omp parallel num_threads(layout->threads) reduction(| : failed)
-    {
-        REAL *const scratch = malloc(6 * channels * sizeof(REAL));
-        failed = scratch == NULL;
-#pragma omp for
-        for (int64_t item = 0; item < layout->groups * ranges; item++) {
-            if (scratch == NULL)
-                continue;
-            const int64_t group = item / ranges, low = item % ranges * width;
-            const int64_t high = low + width < channels ? low + width : channels;
-            REAL *restrict part = scratch, *restrict w = part + channels;
-            REAL *restrict b = w + channels, *restrict through = b + channels;
-            REAL *restrict k = through + channels, *restrict k_y = k + channels;
-            const int64_t at = group * rows * channels, few = group * channels;
-            const REAL *restrict y = all_y + at, *restrict scale = all_scale + few;
-            REAL *restrict to_x = all_to_x + at; /* holds k until its means are known */
-            REAL *restrict to_w = all_to_w + few, *restrict to_b = all_to_b + few;
-            AFFINE
-            for (int64_t c = low; c < high; c++)
-                through[c] = all_through ? all_through[few + c] : 0;
-            if (all_to_out) {
-                const REAL *restrict to_out = all_to_out + at;
-                EACH(0, rows, const REAL h = to_out[i];
-                     to_x[i] = PASSES(w[c] * y[i] + b[c]) ? h : 0);
-            } else
-                EACH(0, rows, to_x[i] = 0);
-            COLUMN_SUMS(to_b, to_x[i]);
-            COLUMN_SUMS(to_w, to_x[i] * y[i]);
-            if (all_to_y) {
-                const REAL *restrict to_y = all_to_y + at;
-                EACH(0, rows, to_x[i] = w[c] * to_x[i] + to_y[i]);
-                COLUMN_SUMS(k, to_x[i]);
-                COLUMN_SUMS(k_y, to_x[i] * y[i]);
-            } else {
-                for (int64_t c = low; c < high; c++) {
-                    k[c] = w[c] * to_b[c];
-                    k_y[c] = w[c] * to_w[c];
-                }
-            }
-            for (int64_t c = low; c < high; c++) {
-                w[c] = all_to_y ? 1 : w[c];
-                k[c] /= rows;
-                k_y[c] /= rows;
-            }
-            EACH(0, rows, to_x[i] = scale[c] * (w[c] * to_x[i] - k[c] - y[i] * k_y[c]) + y[i] * through[c]);
-        }
-        free(scratch);
-    }
-    return failed;
+ * to_out, to_y and through, what arrives by way of out, y and scale, may be NULL (0). */
+int normalise_backward(const Layout *layout, const Tensors *tensors) {
+    return for_every_item(normalise_backward_item, layout, tensors);
+}
+
+static void normalise_twice_item(const Layout *layout, const Tensors *t, const Item *item) {
+    ITEM;
+    const REAL *restrict u = t->u + at, *restrict to_out = t->to_out + at;
+    const REAL *restrict y = t->y + at, *restrict scale = t->scale + few;
+    REAL *restrict to_to_out = t->to_to_out + at, *restrict to_standard = t->to_standard + at;
+    REAL *restrict to_scale = t->to_scale + few, *restrict to_w = t->to_w + few;
+    REAL *restrict mean_u = v_1, *restrict mean_u_y = v_2, *restrict size = v_3;
+    REAL *restrict v_w = v_4, *restrict mean_h_y = v_5, *restrict v_b = v_6;
+    TWO_SUMS(mean_u, mean_u_y, p_1[c] += u[i]; p_2[c] += u[i] * y[i])
+    EACH_CHANNEL(mean_u[c] *= share; mean_u_y[c] *= share; size[c] = w[c] * scale[c];
+                 mean_h_y[c] = t->sum_h_y[few + c] * share;
+                 v_w[c] = t->v_w ? t->v_w[few + c] : 0;
+                 v_b[c] = t->v_b ? t->v_b[few + c] : 0; to_scale[c] = 0)
+    IN_RUNS(
+        const REAL z = w[c] * y[i] + b[c]; const REAL arriving = to_out[i];
+        const REAL h = PASSES(z) ? arriving : 0;
+        const REAL centred = u[i] - mean_u[c] - y[i] * mean_u_y[c];
+        const REAL to_h = size[c] * centred + v_b[c] + y[i] * v_w[c];
+        to_to_out[i] = PASSES(z) ? to_h : 0;
+        to_standard[i] = v_w[c] * h - size[c] * (u[i] * mean_h_y[c] + h * mean_u_y[c]);
+        p_1[c] += h * centred,
+        EACH_CHANNEL(to_scale[c] += p_1[c]))
+    EACH_CHANNEL(to_w[c] = scale[c] * to_scale[c]; to_scale[c] *= w[c])
 }
 
 /* The derivatives, transposed, of `normalise_backward` without to_y and through, of u, v_w and v_b
  * that arrive at to_x, to_w and to_b (the latter two may be NULL: 0):
  *
  *   to_to_out = w scale (u - mean u - y mean(u y)) + v_b + y v_w  where z passes, and 0 elsewhere
- *   to_y = v_w h - w scale (u mean(h y) + h mean(u y))
+ *   to_standard, to y, = v_w h - w scale (u mean(h y) + h mean(u y))
  *   to_scale = w sum h (u - mean u - y mean(u y));  to_w = scale of the same sum */
-int normalise_twice(const Layout *layout, const REAL *restrict all_u, const REAL *all_v_w,
-                    const REAL *all_v_b, const REAL *restrict all_to_out,
-                    const REAL *restrict all_y, const REAL *restrict all_scale, const REAL *all_w,
-                    const REAL *all_b, const REAL *restrict all_h_y, REAL *restrict all_to_to_out,
-                    REAL *restrict all_to_y, REAL *restrict all_to_scale,
-                    REAL *restrict all_to_w) {
-    const int64_t rows = layout->rows, channels = layout->channels;
-    const int64_t width = WIDTH, ranges = (channels + width - 1) / width;
-    const REAL lowest = LOWEST;
-    int failed = 0;
-#pragma omp parallel num_threads(layout->threads) reduction(| : failed)
-    {
-        REAL *const scratch = malloc(8 * channels * sizeof(REAL));
-        failed = scratch == NULL;
-#pragma omp for
-        for (int64_t item = 0; item < layout->groups * ranges; item++) {
-            if (scratch == NULL)
-                continue;
-            const int64_t group = item / ranges, low = item % ranges * width;
-            const int64_t high = low + width < channels ? low + width : channels;
-            REAL *restrict part = scratch, *restrict w = part + channels;
-            REAL *restrict b = w + channels, *restrict v_w = b + channels;
-            REAL *restrict v_b = v_w + channels, *restrict mean = v_b + channels;
-            REAL *restrict u_y = mean + channels, *restrict size = u_y + channels;
-            const int64_t at = group * rows * channels, few = group * channels;
-            const REAL *restrict u = all_u + at, *restrict to_out = all_to_out + at;
-            const REAL *restrict y = all_y + at, *restrict scale = all_scale + few;
-            const REAL *restrict h_y = all_h_y + few; /* a sum */
-            REAL *restrict to_to_out = all_to_to_out + at, *restrict to_y = all_to_y + at;
-            REAL *restrict to_scale = all_to_scale + few, *restrict to_w = all_to_w + few;
-            AFFINE
-            COLUMN_SUMS(mean, u[i]);
-            COLUMN_SUMS(u_y, u[i] * y[i]);
-            for (int64_t c = low; c < high; c++) {
-                v_w[c] = all_v_w ? all_v_w[few + c] : 0;
-                v_b[c] = all_v_b ? all_v_b[few + c] : 0;
-                mean[c] /= rows;
-                u_y[c] /= rows;
-                size[c] = w[c] * scale[c];
-            }
-            const REAL share = (REAL)1 / rows;
-            memset(to_scale + low, 0, (high - low) * sizeof(REAL));
-            for (int64_t first = 0; first < rows; first += RUN) {
-                const int64_t last = first + RUN < rows ? first + RUN : rows;
-                memset(part + low, 0, (high - low) * sizeof(REAL));
-                EACH(first, last,
-                     const REAL z = w[c] * y[i] + b[c]; const REAL arriving = to_out[i];
-                     const REAL h = PASSES(z) ? arriving : 0;
-                     const REAL centred = u[i] - mean[c] - y[i] * u_y[c];
-                     const REAL to_h = size[c] * centred + v_b[c] + y[i] * v_w[c];
-                     to_to_out[i] = PASSES(z) ? to_h : 0;
-                     to_y[i] = v_w[c] * h - size[c] * (u[i] * h_y[c] * share + h * u_y[c]);
-                     part[c] += h * centred);
-                for (int64_t c = low; c < high; c++)
-                    to_scale[c] += part[c];
-            }
-            for (int64_t c = low; c < high; c++) {
-                to_w[c] = scale[c] * to_scale[c];
-                to_scale[c] *= w[c];
-            }
-        }
-        free(scratch);
-    }
-    return failed;
+int normalise_twice(const Layout *layout, const Tensors *tensors) {
+    return for_every_item(normalise_twice_item, layout, tensors);
 }

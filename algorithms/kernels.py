@@ -18,7 +18,6 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import torch
@@ -59,6 +58,18 @@ class Layout(ctypes.Structure):
     ]
 
 
+class Tensors(ctypes.Structure):
+    """``Tensors`` in ``kernels.c``."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("x", "w", "b", "to_out", "to_y", "through", "u", "v_w", "v_b", "sum_h_y"),
+            *("out", "y", "scale", "to_x", "to_w", "to_b", "to_to_out", "to_standard", "to_scale"),
+        )
+    ]
+
+
 class Kernels:
     """The kernels for one type of numbers. Tensors are on the CPU and of that type.
 
@@ -86,17 +97,25 @@ class Kernels:
         """
         geometry.threads = torch.get_num_threads()
         function = getattr(self.library, name)
-        _checked(function(ctypes.byref(geometry), self.product, *_at(images, kernels, outputs)))
+        pointers = [ctypes.c_void_p(_at(each)) for each in (images, kernels, outputs)]
+        _checked(function(ctypes.byref(geometry), self.product, *pointers))
 
     def normalise(
-        self, rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+        self,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        relu: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What :class:`algorithms.task_normalisation.Normalise` returns."""
-        outputs, standard = torch.empty_like(rows), torch.empty_like(rows)
+        """What :class:`algorithms.task_normalisation.Normalise` returns; unless it is to ``keep``
+        them, without the standardised rows."""
+        outputs, standard = torch.empty_like(rows), torch.empty_like(rows) if keep else None
         scale = rows.new_empty(rows.shape[0], 1, rows.shape[2])
-        tensors = (rows, weight, bias, outputs, standard, scale)
-        _checked(self.library.normalise(_layout(rows, relu, eps), *_at(*tensors)))
-        return outputs, standard, scale
+        made = {"out": outputs, "y": standard, "scale": scale}
+        self._run("normalise", _layout(rows, relu, eps), x=rows, w=weight, b=bias, **made)
+        return outputs, rows.new_empty(0) if standard is None else standard, scale
 
     def normalise_backward(
         self,
@@ -112,9 +131,10 @@ class Kernels:
         """What :class:`algorithms.task_normalisation.NormaliseBackward` returns."""
         to_rows = torch.empty_like(standard)
         to_weight, to_bias = torch.empty_like(scale), torch.empty_like(scale)
-        arriving = (to_outputs, to_standard, through)
-        tensors = (*arriving, standard, scale, weight, bias, to_rows, to_weight, to_bias)
-        _checked(self.library.normalise_backward(_layout(standard, relu), *_at(*tensors)))
+        given = {"y": standard, "scale": scale, "w": weight, "b": bias}
+        given |= {"to_out": to_outputs, "to_y": to_standard, "through": through}
+        made = {"to_x": to_rows, "to_w": to_weight, "to_b": to_bias}
+        self._run("normalise_backward", _layout(standard, relu), **given, **made)
         return to_rows, to_weight, to_bias
 
     def normalise_twice(
@@ -127,17 +147,24 @@ class Kernels:
         scale: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        h_y: Tensor,
+        sum_h_y: Tensor,
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What :class:`algorithms.task_normalisation.NormaliseBackward` hands back: to the gradient
         of the outputs, to the standardised rows, to the scale and to the weight."""
         to_to_outputs, to_standard = torch.empty_like(standard), torch.empty_like(standard)
         to_scale, to_weight = torch.empty_like(scale), torch.empty_like(scale)
-        given = (u, v_weight, v_bias, to_outputs, standard, scale, weight, bias, h_y)
-        made = (to_to_outputs, to_standard, to_scale, to_weight)
-        _checked(self.library.normalise_twice(_layout(standard, relu), *_at(*given, *made)))
-        return made
+        given = {"u": u, "v_w": v_weight, "v_b": v_bias, "to_out": to_outputs, "y": standard}
+        given |= {"scale": scale, "w": weight, "b": bias, "sum_h_y": sum_h_y}
+        made = {"to_to_out": to_to_outputs, "to_standard": to_standard}
+        made |= {"to_scale": to_scale, "to_w": to_weight}
+        self._run("normalise_twice", _layout(standard, relu), **given, **made)
+        return to_to_outputs, to_standard, to_scale, to_weight
+
+    def _run(self, name: str, layout: Layout, **tensors: Tensor | None) -> None:
+        pointers = {name: _at(each) for name, each in tensors.items() if each is not None}
+        function = getattr(self.library, name)
+        _checked(function(ctypes.byref(layout), ctypes.byref(Tensors(**pointers))))
 
 
 def kernels_for(tensor: Tensor) -> Kernels | None:
@@ -230,13 +257,13 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _layout(rows: Tensor, relu: bool, eps: float = 0.0) -> Any:
-    return ctypes.byref(Layout(torch.get_num_threads(), *rows.shape, relu, eps))
+def _layout(rows: Tensor, relu: bool, eps: float = 0.0) -> Layout:
+    return Layout(torch.get_num_threads(), *rows.shape, relu, eps)
 
 
-def _at(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    return [ctypes.c_void_p(None if each is None else each.data_ptr()) for each in tensors]
+def _at(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def _checked(failed: int) -> None:

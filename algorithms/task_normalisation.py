@@ -48,7 +48,8 @@ class Normalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         compiled = kernels_for(rows)
         if compiled is not None:
-            outputs, standard, scale = compiled.normalise(rows, weight, bias, eps, relu)
+            keep = any(ctx.needs_input_grad)
+            outputs, standard, scale = compiled.normalise(rows, weight, bias, eps, relu, keep)
         else:
             var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
             scale = torch.rsqrt(var + eps)
@@ -116,7 +117,7 @@ class NormaliseBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if not ctx.first:
             raise RuntimeError("batch normalisation of many tasks has no third derivative")
-        to_outputs, standard, scale, weight, bias, h_y = ctx.saved_tensors
+        to_outputs, standard, scale, weight, bias, sum_h_y = ctx.saved_tensors
         u = torch.zeros_like(standard) if u is None else u.contiguous()
         compiled = kernels_for(standard)
         function = _twice if compiled is None else compiled.normalise_twice
@@ -129,7 +130,7 @@ class NormaliseBackward(torch.autograd.Function):
             scale,
             weight,
             bias,
-            h_y,
+            sum_h_y,
             ctx.relu,
         )
         if weight is None:
@@ -184,14 +185,14 @@ def _twice(
     scale: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    h_y: Tensor,
+    sum_h_y: Tensor,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = _passed(to_outputs, standard, weight, bias, relu=relu)
     centred, size = _centred(u, standard), scale if weight is None else scale * weight
     to_h = _affine(size * centred, None, v_bias)
     u_y = (u * standard).mean(1, keepdim=True)
-    to_standard = -size * (u * (h_y / u.shape[1]) + h * u_y)
+    to_standard = -size * (u * (sum_h_y / u.shape[1]) + h * u_y)
     if v_weight is not None:
         to_h = torch.addcmul(to_h, standard, v_weight)
         to_standard = torch.addcmul(to_standard, h, v_weight)
