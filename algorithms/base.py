@@ -28,6 +28,7 @@ from algorithms.inner_loop import (
 )
 from algorithms.losses import task_losses, task_metrics
 from algorithms.normalisation import MODES
+from algorithms.precision import PRECISIONS, products_in
 
 Batch = Mapping[str, Sequence[Tensor]]
 """``{"train": (inputs, targets), "test": (inputs, targets)}``, torchmeta's batch."""
@@ -72,6 +73,7 @@ class Algorithm(ABC):
         checkpoint_inner: keep of each inner step only the weights it starts from and compute it
             again in the backward pass, so that memory hardly grows with the steps; the batched
             engine's.
+        precision: of float32 products on a GPU: ``"float32"``, or ``"tf32"``, which is faster.
         tasks_per_pass: adapt at most so many tasks at once, for less memory and the same gradient;
             None lets the engine choose.
 
@@ -113,6 +115,7 @@ class Algorithm(ABC):
         engine: str = "auto",
         checkpoint_inner: bool = False,
         tasks_per_pass: int | None = None,
+        precision: str = "float32",
     ) -> None:
         _positive(inner_lr=inner_lr, inner_clip=inner_clip)
         _positive(inner_steps=inner_steps, inner_batch=inner_batch, eval_batch=eval_batch)
@@ -120,11 +123,13 @@ class Algorithm(ABC):
         _one_of(OPTIMIZERS, inner_optimizer=inner_optimizer)
         _one_of(MODES, norm=norm)
         _one_of(ENGINES, engine=engine)
+        _one_of(PRECISIONS, precision=precision)
         self.model = model
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.inner_batch = inner_batch
         self.eval_batch = eval_batch
+        self.precision = precision
         if not any(value.requires_grad for value in model.parameters()):
             raise AlgorithmError("the model has no parameters that require a gradient")
         self.network = self.made_network()
@@ -259,7 +264,7 @@ class Algorithm(ABC):
         totals = [torch.zeros_like(parameter) for parameter in parameters]
         parts: list[Scores] = []
         self.inner_loop.train(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), products_in(self.precision, parameters[0].device):
             for part in tasks.split(self.inner_loop.tasks_per_pass):
                 outputs, gradients = self.meta_gradient(part)
                 parts.append(_scores(outputs.detach(), part))
@@ -289,7 +294,7 @@ class Algorithm(ABC):
         parts: list[Scores] = []
         self.inner_loop.train(False)
         for part in tasks.split(self.inner_loop.tasks_per_pass):
-            with torch.enable_grad():
+            with torch.enable_grad(), products_in(self.precision, tasks.query_inputs.device):
                 after_steps = [_scores(outputs, part) for outputs in self.predictions(part, steps)]
             parts.append(_merged(torch.stack, after_steps, dim=1))
         return _merged(torch.cat, parts)

@@ -80,6 +80,9 @@ def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
     for device in {cell.device for cell in cells}:
         check_device(device)
     for cell in cells:
+        precision = cell.hyperparameters.get("precision", "float32")
+        if precision != "float32" and not cell.device.startswith("cuda"):
+            raise BenchError(f"precision {precision} is for NVIDIA GPUs, not for {cell.device}")
         if cell.meta_batch < processes:
             raise BenchError(
                 f"{processes} processes cannot share a meta-batch of {cell.meta_batch} tasks; "
