@@ -21,12 +21,10 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    layers = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [layer.allow_tf32 for layer in layers]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.allow_tf32, cudnn.allow_tf32)
     try:
-        for layer in layers:
-            layer.allow_tf32 = precision == "tf32"
+        matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
         yield
     finally:
-        for layer, allowed in zip(layers, before, strict=True):
-            layer.allow_tf32 = allowed
+        matmul.allow_tf32, cudnn.allow_tf32 = before
