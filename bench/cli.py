@@ -273,6 +273,33 @@ def search(
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog="Exit status: 0 all cells are complete, 1 all are made but some failed, 2 bad input, "
+    "3 a process is at work, 4 it was stopped with cells to come."
+)
+def status(
+    run: Annotated[
+        Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False)
+    ],
+    plugin: Annotated[
+        Path | None, _place("The run's plug-in; without it, its cells cannot all be told.")
+    ] = None,
+) -> None:
+    """Say what of a run is done, failed, running and left, and when it will end.
+
+    For example: python -m bench status results/demo
+
+    It only reads, and may be asked while the run is at work. When the run ends is estimated from
+    its finished cells; where no finished cell is like those to come, it says so instead.
+    """
+    from bench import status as statuses
+
+    load_plugin(plugin)
+    found = statuses.read(run)
+    print("\n".join(found.lines()))
+    raise typer.Exit(found.exit_status)
+
+
 @app.command()
 def compare(
     runs: Annotated[
