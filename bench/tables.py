@@ -91,7 +91,7 @@ class Tables:
     sensitivity: pd.DataFrame
     faults: pd.DataFrame
     sweep: Sweep | None
-    results: list[Result]
+    results: Sequence[Result] = ()
 
 
 @dataclass(frozen=True, eq=False)
