@@ -432,6 +432,28 @@ def reproduce(
         print(line)
 
 
+@app.command(epilog="Exit status: 1 where something that the main job needs is wrong, else 0.")
+def doctor(
+    data_root: Annotated[
+        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
+    ] = None,
+) -> None:
+    """Say what this machine has, which data sets are there, and whether the engines agree on it.
+
+    Each line is ok, a warning or a fault, with what to do.
+    """
+    from bench.doctor import examine
+
+    levels = []
+    for finding in examine(data_root):
+        print(finding.line, flush=True)
+        levels.append(finding.level)
+    faults, warnings = (levels.count(level) for level in ("fault", "warning"))
+    print(f"faults: {faults}, warnings: {warnings}")
+    if faults:
+        raise typer.Exit(1)
+
+
 list_app = typer.Typer(help="What there is: algorithms, datasets, recipes.", no_args_is_help=True)
 app.add_typer(list_app, name="list")
 
