@@ -273,6 +273,33 @@ def search(
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog="Exit status: 0 all cells are complete, 1 all are made but some failed, 2 bad input, "
+    "3 a process is at work, 4 it was stopped with cells to come."
+)
+def status(
+    run: Annotated[
+        Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False)
+    ],
+    plugin: Annotated[
+        Path | None, _place("The run's plug-in; without it, its cells cannot all be told.")
+    ] = None,
+) -> None:
+    """Say what of a run is done, failed, running and left, and when it will end.
+
+    For example: python -m bench status results/demo
+
+    It only reads, and may be asked while the run is at work. When the run ends is estimated from
+    its finished cells; where no finished cell is like those to come, it says so instead.
+    """
+    from bench import status as statuses
+
+    load_plugin(plugin)
+    found = statuses.read(run)
+    print("\n".join(found.lines()))
+    raise typer.Exit(found.exit_status)
+
+
 @app.command()
 def compare(
     runs: Annotated[
@@ -403,6 +430,28 @@ def reproduce(
     written = outcome.write(keep)
     for line in [*outcome.lines(), *(f"written:    {path}" for path in written)]:
         print(line)
+
+
+@app.command(epilog="Exit status: 1 where something that the main job needs is wrong, else 0.")
+def doctor(
+    data_root: Annotated[
+        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
+    ] = None,
+) -> None:
+    """Say what this machine has, which data sets are there, and whether the engines agree on it.
+
+    Each line is ok, a warning or a fault, with what to do.
+    """
+    from bench.doctor import examine
+
+    levels = []
+    for finding in examine(data_root):
+        print(finding.line, flush=True)
+        levels.append(finding.level)
+    faults, warnings = (levels.count(level) for level in ("fault", "warning"))
+    print(f"faults: {faults}, warnings: {warnings}")
+    if faults:
+        raise typer.Exit(1)
 
 
 list_app = typer.Typer(help="What there is: algorithms, datasets, recipes.", no_args_is_help=True)

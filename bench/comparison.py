@@ -7,13 +7,15 @@ paired only where they met the very same test episodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import combinations
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import scikit_posthocs
 import seaborn as sns
@@ -24,7 +26,6 @@ from bench.files import write_text
 from bench.measure import STEP
 from bench.plots import save
 from bench.progress import reuse_notes
-from bench.protocol import after_last_step
 from bench.rankings import Ranking, friedman_nemenyi, holm
 from bench.stats import (
     Difference,
@@ -40,7 +41,7 @@ from bench.stats import (
     paired_ratio,
     resolvable_difference,
 )
-from bench.store import PERFORMANCE, Record, Run
+from bench.store import PERFORMANCE, Record, Run, in_threads, read_columns
 from bench.sweep import Cell, said
 
 ALPHA = 0.05
@@ -51,6 +52,7 @@ TUNED = frozenset(
 )
 """Settings that each algorithm has a right to its own of, unless they were swept; any other that
 two entrants do not share is named beside their difference."""
+MEASURED = ("phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session")
 COUNTS = ("samples_per_step", "gradients_per_step")
 """What other settings come to."""
 
@@ -63,13 +65,32 @@ class Result:
     """A complete cell: its record, its score in every episode and what it cost.
 
     Attributes:
-        scores: the metric after the last inner step, ``(episodes,)``.
-        performance: the rows of ``performance.parquet``; none where nothing was measured.
+        by_step: the metric after each inner step, ``(episodes, steps + 1)``.
+        performance: columns of ``performance.parquet``, :data:`MEASURED` and where it has them
+            ``inner_steps``; empty where nothing was measured.
     """
 
     record: Record
-    scores: Floats
-    performance: pd.DataFrame
+    by_step: Floats
+    performance: Mapping[str, npt.NDArray[Any]]
+
+    @cached_property
+    def scores(self) -> Floats:
+        """The metric after the last inner step, ``(episodes,)``."""
+        return np.ascontiguousarray(self.by_step[:, -1])
+
+    @cached_property
+    def steps(self) -> dict[tuple[str, int], tuple[float, float]]:
+        """Seconds and peak bytes of each meta-step that was measured, by session and repeat."""
+        seconds, peaks = (self.repeats(STEP, name) for name in ("seconds", "peak_bytes"))
+        return {key: (seconds[key], peaks[key]) for key in seconds}
+
+    def repeats(self, phase: str, column: str) -> dict[tuple[str, int], float]:
+        """What each repeat of a phase cost, by session and repeat; NaN where it is not known."""
+        at = np.flatnonzero(self.performance["phase"] == phase)
+        keys = (self.performance[name][at] for name in ("session", "repeat"))
+        values = self.performance[column][at].astype(float).tolist()
+        return dict(zip(zip(*keys, strict=True), values, strict=True))
 
     @property
     def episodes(self) -> tuple[str, int]:
@@ -101,12 +122,7 @@ def read(folder: Path) -> tuple[list[Result], list[str]]:
     run = Run(folder)
     if not run.cells.is_dir():
         raise BenchError(f"there is no run in {folder}: it has no cells/")
-    results = []
-    for record in run.records():
-        try:
-            results.append(_result(run, record))
-        except (OSError, ValueError, KeyError):
-            continue
+    results = [result for result in in_threads(partial(_whole, run), run.records()) if result]
     damaged = sorted(set(run.cell_ids()) - {result.cell.id for result in results})
     if not results:
         also = f"; {len(damaged)} are damaged" if damaged else ""
@@ -114,16 +130,28 @@ def read(folder: Path) -> tuple[list[Result], list[str]]:
     return results, damaged
 
 
-def _result(run: Run, record: Record) -> Result:
-    scores = finite(after_last_step(run.scores(record.cell)).to_numpy(), "scores")
-    if len(scores) != record.cell.episodes:
-        raise ValueError(f"{len(scores)} episodes, not {record.cell.episodes}")
+def _whole(run: Run, record: Record) -> Result | None:
+    """A cell's result; None where the cell is damaged."""
+    try:
+        found = result(run, record)
+        finite(found.scores, "scores")
+    except (OSError, ValueError, KeyError):
+        return None
+    described = {"metric", "episode_address"} <= record.figures.keys()
+    return found if described and len(found.scores) == record.cell.episodes else None
+
+
+def result(run: Run, record: Record) -> Result:
+    """Read what a cell scored and cost.
+
+    Raises:
+        OSError, ValueError, KeyError: its files are not what they should be.
+    """
     path = run.cells / record.cell.id / PERFORMANCE
-    columns = ["phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session"]
-    performance = pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=columns)
-    if not {"metric", "episode_address"} <= record.figures.keys():
-        raise ValueError(f"{record.cell} does not say what its scores are of")
-    return Result(record, scores, performance[columns])
+    performance = {name: np.empty(0) for name in MEASURED}
+    if path.is_file():
+        performance = read_columns(path, *MEASURED, optional=["inner_steps"])
+    return Result(record, run.scores_by_step(record.cell), performance)
 
 
 def damage_notes(folder: Path, damaged: Sequence[str]) -> list[str]:
@@ -159,7 +187,7 @@ class Entrant:
         cell = self.any.cell
         return cell.dataset, cell.ways, cell.shots
 
-    @property
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """All that decided its results but the algorithm and the seed."""
         record = self.any.record
@@ -194,12 +222,21 @@ def telling(field: Sequence[Entrant]) -> dict[Entrant, list[str]]:
         key = (entrant.algorithm, entrant.place, entrant.any.cell.device)
         namesakes.setdefault(key, []).append(entrant)
     return {
-        entrant: sorted(
-            {n for other in group for n in differing(entrant, other) if n not in COUNTS}
-        )
+        entrant: [name for name in _varied(group) if name in entrant.settings]
         for group in namesakes.values()
         for entrant in group
     }
+
+
+def _varied(group: Sequence[Entrant]) -> list[str]:
+    """The settings in which any two of a group differ."""
+    firsts: dict[str, Any] = {}
+    found = set()
+    for entrant in group:
+        for name, value in entrant.settings.items():
+            if name not in COUNTS and firsts.setdefault(name, value) != value:
+                found.add(name)
+    return sorted(found)
 
 
 def labels(field: Sequence[Entrant]) -> dict[Entrant, str]:
@@ -379,6 +416,18 @@ def compare(folders: Sequence[Path], accept_changed_code: bool = False) -> Compa
         found, damaged = read(folder)
         results += found
         notes += damage_notes(folder, damaged)
+    return compared(results, notes, accept_changed_code)
+
+
+def compared(
+    results: Sequence[Result], notes: Sequence[str] = (), accept_changed_code: bool = False
+) -> Comparison:
+    """Every pair of entrants among results that met the same test episodes.
+
+    Raises:
+        BenchError: results of different source, or nothing to compare.
+    """
+    notes = list(notes)
     sources = sorted({result.record.source for result in results})
     if len(sources) > 1 and not accept_changed_code:
         raise BenchError(
@@ -405,9 +454,7 @@ def _pair_up(
     """The pairs that can be compared, and why others, at the same place, cannot."""
     pairs = []
     obstacles: dict[str, list[str]] = {}
-    for a, b in combinations(field, 2):
-        if a.place != b.place:
-            continue
+    for a, b in _neighbours(field):
         obstacle = _obstacle(a, b)
         if obstacle is None:
             pairs.append((a, b))
@@ -416,6 +463,16 @@ def _pair_up(
             key = f"on {dataset} {ways}-way {shots}-shot, {obstacle}"
             obstacles.setdefault(key, []).append(f"{names[a]} and {names[b]}")
     return pairs, [f"left out: {'; '.join(who)} {why}" for why, who in obstacles.items()]
+
+
+def _neighbours(field: Sequence[Entrant]) -> Iterator[tuple[Entrant, Entrant]]:
+    """Every two entrants at one place, in the order of the field."""
+    later: dict[tuple[str, int, int], deque[Entrant]] = {}
+    for entrant in field:
+        later.setdefault(entrant.place, deque()).append(entrant)
+    for a in field:
+        later[a.place].popleft()
+        yield from ((a, b) for b in later[a.place])
 
 
 def _obstacle(a: Entrant, b: Entrant) -> str | None:
@@ -477,22 +534,16 @@ def _row(a: Entrant, b: Entrant, names: dict[Entrant, str], own: Set[str], alpha
 
 def _cost_ratios(pairs: Sequence[tuple[Result, Result]]) -> dict[str, float]:
     """Time and memory of a meta-step, a over b: repeats of one session, which took turns."""
-    both = pd.concat([_paired_repeats(a, b) for a, b in pairs])
+    both = [(a.steps[key], b.steps[key]) for a, b in pairs for key in a.steps if key in b.steps]
+    seconds, peaks = np.array(both).reshape(-1, 2, 2).transpose(2, 1, 0)
     ratios = dict.fromkeys(("time_ratio", "time_low", "time_high", "memory_ratio"), math.nan)
-    if not both.empty:
-        time = paired_ratio(both["seconds_a"], both["seconds_b"])
+    if seconds.size:
+        time = paired_ratio(*seconds)
         ratios |= {"time_ratio": time.estimate, "time_low": time.low, "time_high": time.high}
-    peaks = both[["peak_bytes_a", "peak_bytes_b"]].astype(float)
-    peaks = peaks[(peaks > 0).all(axis=1)]  # what was not measured is not a number
-    if not peaks.empty:
-        memory = paired_ratio(peaks["peak_bytes_a"], peaks["peak_bytes_b"])
-        ratios["memory_ratio"] = memory.estimate
+    peaks = peaks[:, (peaks > 0).all(axis=0)]  # what was not measured is not a number
+    if peaks.size:
+        ratios["memory_ratio"] = paired_ratio(*peaks).estimate
     return ratios
-
-
-def _paired_repeats(a: Result, b: Result) -> pd.DataFrame:
-    steps = [r.performance[r.performance["phase"] == STEP] for r in (a, b)]
-    return steps[0].merge(steps[1], on=["session", "repeat"], suffixes=("_a", "_b"))
 
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 from rich.table import Table
 from scipy import stats as distributions
 
@@ -317,11 +316,10 @@ def _costs(setting: str, group: Sequence[tuple[Result, Result]], slowdown: float
 def _log_cost(result: Result, phase: str, column: str) -> Floats:
     """Logarithms of a cost, one a repeat; a time is divided by that of the same repeat's
     calibration. Empty where it was not measured."""
-    rows = result.performance[result.performance["phase"].isin([phase, CALIBRATION])]
-    by_phase = rows.pivot(index="repeat", columns="phase", values=column).astype(float)
-    unit = 1.0 if column == MEMORY else by_phase.get(CALIBRATION, math.nan)
-    cost = by_phase.get(phase, pd.Series(dtype=float)) / unit
-    logs: Floats = np.log(cost[cost > 0].to_numpy(np.float64))
+    found = result.repeats(phase, column)
+    units = dict.fromkeys(found, 1.0) if column == MEMORY else result.repeats(CALIBRATION, column)
+    cost = np.array([value / units.get(repeat, math.nan) for repeat, value in found.items()])
+    logs: Floats = np.log(cost[cost > 0])
     return logs
 
 

@@ -27,7 +27,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from bench import findings, paper, plots, tables
-from bench.comparison import Comparison, Row, compare
+from bench.comparison import Comparison, Row, compared
 from bench.errors import BenchError
 from bench.files import write_text
 from bench.findings import Task
@@ -125,7 +125,7 @@ def write(folder: Path) -> list[Path]:
     """
     run = Run(folder)
     found = tables.read(run)
-    comparison, notes = _compared(folder)
+    comparison, notes = _compared(found)
     rows = comparison.rows if comparison else []
     command = reproduction(found.sweep) if found.sweep else ""
     name = folder.resolve().name
@@ -145,10 +145,12 @@ def write(folder: Path) -> list[Path]:
         raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
 
 
-def _compared(folder: Path) -> tuple[Comparison | None, list[str]]:
+def _compared(found: Tables) -> tuple[Comparison | None, list[str]]:
     """The run's comparison and its notes, or why there is none."""
+    if not found.results:
+        return None, ["No pairs: no cell is complete."]
     try:
-        comparison = compare([folder], accept_changed_code=True)
+        comparison = compared(found.results, accept_changed_code=True)
     except BenchError as error:
         return None, [f"No pairs: {error}."]
     return comparison, comparison.notes

@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -117,16 +117,23 @@ class Cell(Settings):
     device: str
     hyperparameters: dict[str, Any]
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of the settings: equal for equal cells, on every machine."""
         canonical = json.dumps(self.model_dump(), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
-    @property
+    @cached_property
     def seedless_id(self) -> str:
         """The same for cells that differ in nothing but the seed."""
         return self.model_copy(update={"seed": 0}).id
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
+        """A copy with other settings, and so with ids of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in ("id", "seedless_id"):
+            copied.__dict__.pop(name, None)
+        return copied
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -315,7 +322,12 @@ class Sweep(BaseModel):
 
 
 def _hyperparameters(algorithm: str) -> dict[str, Any]:
-    return algorithms.hyperparameters(algorithms.get(algorithm))
+    return _own(algorithms.get(algorithm))
+
+
+@cache
+def _own(kind: type[algorithms.Algorithm]) -> dict[str, Any]:
+    return algorithms.hyperparameters(kind)  # from its signature, which is slow to read
 
 
 def value_of(algorithm: str, name: str, value: Any) -> Any:

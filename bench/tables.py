@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from bench.comparison import Entrant, Result, entrants, labels
+from bench.comparison import Entrant, Result, entrants, labels, result
 from bench.errors import BenchError
 from bench.measure import GROWTH
 from bench.plots import COSTS
 from bench.stats import Over, mean_interval
-from bench.store import CHECKPOINT, PERFORMANCE, RECORD, SCORES, TRAINING, Record, Run
+from bench.store import (
+    CHECKPOINT,
+    RECORD,
+    SCORES,
+    TRAINING,
+    Record,
+    Run,
+    in_threads,
+    read_columns,
+)
 from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
 
 SETTING = ("dataset", "ways", "shots", "device")
@@ -42,6 +52,7 @@ COUNTS = ("samples_per_step", "gradients_per_step")
 POINTS = 60
 """Points of a learning curve: a page with 2,000 cells stays small, and no eye sees more."""
 
+TRAINED = ("iteration", "seconds", "metric")
 CURVE = ("step", "mean", "low", "high")
 SENSITIVITY = ("axis", "value", "line", "mean", "low", "high")
 LEARNING = ("of", "iteration", "seconds", "mean", "low", "high")
@@ -70,6 +81,7 @@ class Tables:
         faults: cells that are not here: ``cell``, ``status`` (failed, damaged, missing) and
             ``reason``.
         sweep: what was asked, where ``sweep.toml`` says.
+        results: the cells that all this is of.
     """
 
     leaderboard: pd.DataFrame
@@ -79,21 +91,25 @@ class Tables:
     sensitivity: pd.DataFrame
     faults: pd.DataFrame
     sweep: Sweep | None
+    results: Sequence[Result] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """A complete cell: its result, its scores (episodes, steps + 1), its learning curve and the
-    peak MiB of a meta-step by its inner steps."""
+    """A complete cell: its result, its learning curve (columns by name) and the peak MiB of a
+    meta-step by its inner steps."""
 
     result: Result
-    scores: Floats
-    learning: pd.DataFrame
-    growth: pd.Series[float]
+    learning: dict[str, npt.NDArray[Any]]
+    growth: dict[float, float]
 
     @property
     def record(self) -> Record:
         return self.result.record
+
+    @property
+    def scores(self) -> Floats:
+        return self.result.by_step
 
 
 def read(run: Run) -> Tables:
@@ -126,6 +142,7 @@ def read(run: Run) -> Tables:
         _sensitivity(leaderboard, members),
         pd.DataFrame(faults, columns=["cell", "status", "reason"]),
         sweep,
+        [one.result for one in loaded],
     )
 
 
@@ -136,14 +153,15 @@ def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
     """The cells that can be read, and the faults of those that cannot."""
     records = {record.cell.id: record for record in run.records()}
     loaded, faults = [], []
+    whole = dict(zip(records, in_threads(partial(_load, run), records.values()), strict=True))
     for name in run.cell_ids():
-        try:
-            loaded.append(_load(run, records[name]))
-        except KeyError:
+        found = whole.get(name)
+        if found is None:
             faults.append((f"cells/{name}", "damaged", _damage(run.cells / name)))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            faults.append((f"{records[name].cell} (cells/{name})", "damaged", reason))
+        elif isinstance(found, str):
+            faults.append((f"{records[name].cell} (cells/{name})", "damaged", found))
+        else:
+            loaded.append(found)
     return loaded, faults
 
 
@@ -160,65 +178,52 @@ def _damage(folder: Path) -> str:
     return f"{RECORD} does not describe this cell: it was changed, or made by another version"
 
 
-def _load(run: Run, record: Record) -> _Loaded:
-    """Read a cell's tables.
-
-    Raises:
-        OSError, ValueError, TypeError, AttributeError: they are not what they should be.
-    """
+def _load(run: Run, record: Record) -> _Loaded | str:
+    """A cell's tables, or what is wrong with them."""
     cell, figures = record.cell, record.figures
-    if figures.get("metric") not in ("accuracy", "mse") or not math.isfinite(figures["mean"]):
-        raise ValueError("cell.json has no score")
     try:
-        scores = run.scores(cell).pivot(index="episode", columns="step", values="metric")
-        training = pd.read_parquet(run.cells / cell.id / TRAINING)
-        learning = _curve(training)
+        if figures.get("metric") not in ("accuracy", "mse") or not math.isfinite(figures["mean"]):
+            return "ValueError: cell.json has no score"
+        found = result(run, record)
+        training = read_columns(run.cells / cell.id / TRAINING, *TRAINED, optional=["val_metric"])
+        loaded = _Loaded(found, _curve(training), _peaks(found))
     except KeyError as error:
-        raise ValueError(f"no column {error}") from error
-    if scores.shape != (cell.episodes, cell.eval_steps + 1):
-        raise ValueError(f"scores of {scores.shape[0]} episodes, not of {cell.episodes}")
-    values = scores.to_numpy(np.float64)
-    growth = _peaks(run.cells / cell.id / PERFORMANCE)
-    return _Loaded(Result(record, values[:, -1], pd.DataFrame()), values, learning, growth)
+        return f"ValueError: no column {error}"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if loaded.scores.shape != (cell.episodes, cell.eval_steps + 1):
+        return f"ValueError: scores of {len(loaded.scores)} episodes, not of {cell.episodes}"
+    return loaded
 
 
-def _peaks(path: Path) -> pd.Series[float]:
+def _peaks(found: Result) -> dict[float, float]:
     """Peak MiB of a meta-step by its inner steps; empty where that was not measured."""
-    performance = pd.read_parquet(path) if path.is_file() else pd.DataFrame()
-    if "inner_steps" not in performance:
-        return pd.Series(dtype=float)
-    rows = performance[performance["phase"] == GROWTH].dropna(subset="peak_bytes")
-    peaks: pd.Series[float] = rows.set_index("inner_steps")["peak_bytes"] / 2**20
-    return peaks
+    costs = found.performance
+    if "inner_steps" not in costs:
+        return {}
+    grown = costs["phase"] == GROWTH
+    steps, peaks = (costs[name][grown].astype(float) for name in ("inner_steps", "peak_bytes"))
+    known = ~np.isnan(peaks)
+    return dict(zip(steps[known].tolist(), (peaks[known] / 2**20).tolist(), strict=True))
 
 
-def _curve(training: pd.DataFrame) -> pd.DataFrame:
+def _curve(training: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     """At most :data:`POINTS` bins of a training, and its validations: ``of``, ``iteration``,
     ``seconds`` of training so far, ``value``."""
-    seconds = training["seconds"].cumsum()
-    ends = np.unique(np.linspace(0, len(training), min(POINTS, len(training)) + 1).astype(int))[1:]
-    bins = np.searchsorted(ends, np.arange(len(training)), side="right")
-    points = pd.DataFrame(
-        {
-            "of": "training",
-            "iteration": training["iteration"].to_numpy()[ends - 1],
-            "seconds": seconds.to_numpy()[ends - 1],
-            "value": training["metric"].groupby(bins).mean().to_numpy(),
-        }
-    )
-    if "val_metric" not in training:
-        return points
-    at = np.flatnonzero(training["val_metric"].notna())
+    count, seconds = len(training["metric"]), training["seconds"].cumsum()
+    ends = np.unique(np.linspace(0, count, min(POINTS, count) + 1).astype(int))[1:]
+    starts = np.concatenate([[0], ends[:-1]])
+    binned = np.add.reduceat(training["metric"], starts) / (ends - starts)
+    validated = training.get("val_metric", np.empty(0))
+    at = np.flatnonzero(~np.isnan(validated))
     at = at[np.unique(np.linspace(0, len(at) - 1, min(POINTS, len(at))).astype(int))]
-    validations = pd.DataFrame(
-        {
-            "of": "validation",
-            "iteration": training["iteration"].to_numpy()[at],
-            "seconds": seconds.to_numpy()[at],
-            "value": training["val_metric"].to_numpy()[at],
-        }
-    )
-    return pd.concat([points, validations], ignore_index=True)
+    shown = np.concatenate([ends - 1, at])
+    return {
+        "of": np.repeat(["training", "validation"], [len(ends), len(at)]),
+        "iteration": training["iteration"][shown],
+        "seconds": seconds[shown],
+        "value": np.concatenate([binned, validated[at]]),
+    }
 
 
 def _failures(run: Run) -> Iterator[tuple[Cell, str]]:
@@ -392,10 +397,12 @@ def _adaptation(group: Sequence[_Loaded]) -> pd.DataFrame:
 
 def _growth(group: Sequence[_Loaded]) -> pd.DataFrame:
     """Peak MiB by inner steps: the mean of the seeds, the lowest and the highest."""
-    by_steps = pd.concat([one.growth for one in group]).groupby(level=0)
-    found = by_steps.agg(["mean", "min", "max"])
-    found.columns = pd.Index(["mean", "low", "high"])
-    return found.rename_axis("step").reset_index()
+    by_steps: dict[float, list[float]] = {}
+    for one in group:
+        for step, peak in one.growth.items():
+            by_steps.setdefault(step, []).append(peak)
+    rows = [(s, np.mean(p), min(p), max(p)) for s, p in sorted(by_steps.items())]
+    return pd.DataFrame(rows, columns=list(CURVE))
 
 
 def _sensitivity(leaderboard: pd.DataFrame, members: dict[int, list[_Loaded]]) -> pd.DataFrame:
@@ -427,19 +434,23 @@ def _plottable(value: Any) -> float | str:
 
 def _learning(members: dict[int, list[_Loaded]]) -> pd.DataFrame:
     """The learning curves of each entry's seeds as one: their mean, the lowest and the highest."""
-    curves = {
-        (entry, one.record.cell.seed): one.learning
-        for entry, group in members.items()
-        for one in group
-    }
+    curves = [(entry, one.learning) for entry, group in members.items() for one in group]
     if not curves:
         return pd.DataFrame(columns=["entry", *LEARNING])
-    together = pd.concat(curves, names=["entry", "seed"]).groupby(["entry", "of", "iteration"])
-    merged = together.agg(
-        seconds=("seconds", "mean"),
-        mean=("value", "mean"),
-        low=("value", "min"),
-        high=("value", "max"),
+    points = {
+        name: np.concatenate([learning[name] for _, learning in curves]) for name in curves[0][1]
+    }
+    counts = [len(learning["value"]) for _, learning in curves]
+    points["entry"] = np.repeat([entry for entry, _ in curves], counts)
+    merged = (
+        pd.DataFrame(points)
+        .groupby(["entry", "of", "iteration"])
+        .agg(
+            seconds=("seconds", "mean"),
+            mean=("value", "mean"),
+            low=("value", "min"),
+            high=("value", "max"),
+        )
     )
     return merged.reset_index()[["entry", *LEARNING]]
 

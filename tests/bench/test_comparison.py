@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bench import comparison, measure
+from bench import measure
 from bench.comparison import COLUMNS, compare
 from bench.errors import BenchError
+from bench.protocol import after_last_step
 from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run
 from bench.sweep import Cell, Sweep
 from tests.bench.conftest import QUICK
@@ -254,7 +255,7 @@ def test_the_command_says_and_writes_what_a_real_run_shows(bench, tmp_path: Path
     table = pd.read_csv(tmp_path / "r" / "comparison.csv")
     assert tuple(table.columns) == COLUMNS
     scores = {
-        record.cell.algorithm: comparison.after_last_step(Run(tmp_path / "r").scores(record.cell))
+        record.cell.algorithm: after_last_step(Run(tmp_path / "r").scores(record.cell))
         for record in Run(tmp_path / "r").records()
     }
     difference = (scores["anil"] - scores["maml"]).mean()

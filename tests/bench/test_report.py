@@ -173,7 +173,7 @@ def test_curves_start_before_the_first_step_and_end_after_the_last(run: Run) -> 
 def test_long_trainings_are_thinned_to_their_bins_means(run: Run) -> None:
     frame = pd.DataFrame({"iteration": range(1, 1001), "metric": 0.0, "seconds": 1.0})
     frame["metric"] = frame["iteration"]
-    curve = tables._curve(frame)
+    curve = pd.DataFrame(tables._curve({name: frame[name].to_numpy() for name in frame}))
     assert len(curve) == tables.POINTS
     assert curve["iteration"].iloc[-1] == curve["seconds"].iloc[-1] == 1000
     assert curve["value"].iloc[0] == pytest.approx(frame["metric"].head(16).mean(), abs=1)
@@ -282,7 +282,7 @@ def test_latex_escapes() -> None:
 
 def test_a_verdict_names_the_leader_and_what_it_is_told_apart_from(run: Run) -> None:
     found = tables.read(run)
-    comparison, _ = report._compared(run.folder)
+    comparison, _ = report._compared(found)
     assert comparison is not None
     tasks = findings.tasks(found.leaderboard)
     sinusoid = next(task for task in tasks if task.name == "sinusoid, 10-shot")
