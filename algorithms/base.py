@@ -30,7 +30,8 @@ from algorithms.losses import task_losses, task_metrics
 from algorithms.normalisation import MODES
 
 Batch = Mapping[str, Sequence[Tensor]]
-"""``{"train": (inputs, targets), "test": (inputs, targets)}``, torchmeta's batch."""
+"""``{"train": (inputs, targets), "test": (inputs, targets)}``, torchmeta's batch; what else is in
+it is for the algorithms that say so."""
 
 ENGINES = ("auto", "higher", "batched")
 
