@@ -275,6 +275,39 @@ def prototype_gradient(
     return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
 
 
+def curved_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    maps: dict[str, list[Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    norm: str,
+) -> tuple[Parameters, dict[str, list[Tensor]]]:
+    """Meta-Curvature's (Park and Oliva 2019): each gradient, as a vector, by the Kronecker product
+    of its matrices. By the network's parameters, and by those matrices."""
+    theta = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
+    maps = {n: [m.detach().clone().requires_grad_() for m in each] for n, each in maps.items()}
+    losses = []
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((batch[half][0][i], batch[half][1][i]) for half in ("train", "test"))
+        p = dict(theta)
+        for _ in range(steps):
+            loss = F.cross_entropy(outputs(p, xs), ys)
+            slopes = torch.autograd.grad(loss, list(p.values()), create_graph=True)
+            for (name, value), slope in zip(list(p.items()), slopes, strict=True):
+                whole = maps[name][0]
+                for matrix in maps[name][1:]:
+                    whole = torch.kron(whole, matrix)
+                p[name] = value - lr * (whole @ slope.flatten()).view_as(value)
+        losses.append(F.cross_entropy(query_outputs(p, xs, xq, norm), yq))
+    flat = [m for each in maps.values() for m in each]
+    found = torch.autograd.grad(torch.stack(losses).mean(), [*theta.values(), *flat])
+    rest = iter(found[len(theta) :])
+    by_map = {name: [next(rest) for _ in each] for name, each in maps.items()}
+    return dict(zip(theta, found[: len(theta)], strict=True)), by_map
+
+
 def class_scores(z: Tensor, head: Parameters, scale: float | None) -> Tensor:
     """A linear classifier's scores of features; with a scale, of one by cosines (no bias)."""
     if scale is None:

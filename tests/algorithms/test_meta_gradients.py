@@ -217,6 +217,44 @@ def test_meta_sgds_gradient_equals_the_derivation(norm: str, engine: str) -> Non
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("norm", MODES)
+def test_metacurvatures_gradient_equals_the_derivation(norm: str, engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "inner_steps": 2, "norm": norm, "engine": engine}
+    algorithm = algorithms.create("metacurvature", model, **settings)
+    away_from_their_start(algorithm.beside)
+    names = {"conv1.weight": 3, "conv2.weight": 3, "head.weight": 2}
+    of = {
+        name: [f"curvature.{name}.{mode}" for mode in range(names.get(name, 1))]
+        for name in algorithm.meta_parameters
+    }
+    assert [key for keys in of.values() for key in keys] == list(algorithm.beside)
+    expected, by_map = derivation.curved_gradient(
+        model,
+        batch,
+        {name: [algorithm.beside[key] for key in keys] for name, keys in of.items()},
+        steps=2,
+        lr=LR,
+        norm=norm,
+    )
+    algorithm.meta_backward(batch)
+    assert relative_error(gradients(model), expected) < 1e-10
+    for name, keys in of.items():
+        for key, matrix in zip(keys, by_map[name], strict=True):
+            assert relative_error({"": algorithm.beside[key].grad}, {"": matrix}) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_metacurvature_begins_as_maml(engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "inner_steps": 2, "engine": engine}
+    algorithms.create("metacurvature", model, **settings).meta_backward(batch)
+    found = {n: g.clone() for n, g in gradients(model).items()}
+    algorithms.create("maml", model, **settings).meta_backward(batch)
+    assert relative_error(found, gradients(model)) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("norm", MODES)
 @pytest.mark.parametrize(
     ("progress", "weights", "first_order"),
     [

@@ -164,7 +164,7 @@ def test_a_bad_setting_of_an_algorithms_own_is_named(
         make(name, **setting)
 
 
-@pytest.mark.parametrize("name", ["meta_sgd", "maml_pp", "cavia"])
+@pytest.mark.parametrize("name", ["meta_sgd", "metacurvature", "maml_pp", "cavia"])
 def test_state_brings_back_all_that_was_learned(name: str) -> None:
     batch, (learned, other) = derivation.make_batch(), (make(name), make(name))
     optimizer = torch.optim.SGD(learned.parameters(), lr=0.1)
