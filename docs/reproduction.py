@@ -46,10 +46,11 @@ def compared() -> str:
     scores = {name: scores_of(name, each) for name, each in boards.items()}
     first = next(iter(boards.values()))
     for algorithm, entry in first.set_index("algorithm").iterrows():
-        shown = [scores[name].get(algorithm, "") for name in boards]
+        cells = [scores[name].get(algorithm, "") for name in boards]
         costs = [cost(entry) for cost in COSTS.values()]
-        lines.append(row([f"`{algorithm}`", *shown, *costs]))
-    return "\n".join(lines) + "\n"
+        lines.append(row([f"`{algorithm}`", *cells, *costs]))
+    said = [told_apart(name) for name in boards]
+    return "\n".join([*lines, "", f"Told apart, after Holm: {'; '.join(said)}."]) + "\n"
 
 
 COSTS = {
@@ -93,11 +94,18 @@ def scores_of(name: str, entries: pd.DataFrame) -> dict[str, str]:
     return found
 
 
+def told_apart(name: str) -> str:
+    """How many pairs are, and over what."""
+    pairs = pd.read_csv(COMPARISON / name / "comparison.csv", keep_default_na=False)
+    count = (pairs["better"] != "").sum()
+    return f"{count} of {len(pairs)} pairs on {name}, over {pairs['over'].iloc[0]}"
+
+
 def challenge() -> str:
     """Errors in Omniglot's one-shot challenge, ours beside the published."""
     lines = [row(["classifier", "error, %", "training"]), row(["---"] * 3)]
     if (COMPARISON / "lake").is_dir():
-        for _, entry in board("lake").iloc[::-1].sort_values("mean", ascending=False).iterrows():
+        for _, entry in board("lake").iterrows():
             error = f"{100 * (1 - entry['mean']):.1f} ± {100 * entry['ci_episodes']:.1f}"
             training = f"{entry['iterations']} iterations of {entry['meta_batch']} tasks, here"
             lines.append(row([f"`{entry['algorithm']}`", error, training]))
