@@ -31,7 +31,8 @@ from algorithms.normalisation import MODES
 from algorithms.precision import PRECISIONS, products_in
 
 Batch = Mapping[str, Sequence[Tensor]]
-"""``{"train": (inputs, targets), "test": (inputs, targets)}``, torchmeta's batch."""
+"""``{"train": (inputs, targets), "test": (inputs, targets)}``, torchmeta's batch; what else is in
+it is for the algorithms that say so."""
 
 ENGINES = ("auto", "higher", "batched")
 
@@ -52,9 +53,10 @@ class Algorithm(ABC):
     """A meta-learning algorithm over any model, written against the inner loop alone.
 
     A subclass says what its meta-gradient is (:meth:`meta_gradient`) and, where it differs, which
-    parameters adapt (:meth:`adapted`), by what steps (:meth:`rate`), in what network
-    (:meth:`made_network`), and how it predicts (:meth:`predictions`). The keyword arguments of its
-    ``__init__`` are its hyperparameters; those of this class are too if it takes ``**settings``.
+    parameters adapt (:meth:`adapted`), by what steps (:meth:`rate`, :meth:`direction`), in what
+    network (:meth:`made_network`), and how it predicts (:meth:`predictions`). The keyword arguments
+    of its ``__init__`` are its hyperparameters; those of this class are too if it takes
+    ``**settings``.
 
     Args:
         model: any ``nn.Module``; its parameters that require a gradient are the meta-parameters,
@@ -139,6 +141,7 @@ class Algorithm(ABC):
         self.beside: dict[str, nn.Parameter] = {}
         self._inner_settings: dict[str, Any] = {
             "rate": self.rate,
+            "direction": self.direction,
             "optimizer": inner_optimizer,
             "clip": inner_clip,
             "proximal": self.proximal,
@@ -197,6 +200,11 @@ class Algorithm(ABC):
         """Step size of a parameter in an inner step (from 0): alpha, unless a subclass differs; a
         tensor that broadcasts over the parameter may be one of :attr:`beside`."""
         return self.inner_lr
+
+    def direction(self, name: str, gradient: Tensor) -> Tensor:
+        """What an inner step takes for a parameter's gradient ``(tasks, *shape)``: the gradient
+        itself, unless a subclass differs; what changes it may be in :attr:`beside`."""
+        return gradient
 
     def made_network(self) -> nn.Module:
         """What the inner loop runs: the model, unless a subclass differs; called once."""

@@ -223,7 +223,9 @@ class BatchedInnerLoop(InnerLoop):
             allow_unused=True,
         )
         found = zip(names, gradients, strict=True)
-        changes, rule = rule.step({name: self.clipped(g) for name, g in found if g is not None})
+        changes, rule = rule.step(
+            {name: self.shaped(name, g) for name, g in found if g is not None}
+        )
         stepped = {name: fast[name] - change for name, change in changes.items()}
         if not create_graph:
             stepped = {name: value.detach().requires_grad_() for name, value in stepped.items()}

@@ -27,6 +27,10 @@ Rate = Callable[[str, int], float | Tensor]
 """The step size of a parameter, by its name, in an inner step (from 0): a number, or a tensor that
 broadcasts over the parameter and that gradients flow into."""
 
+Direction = Callable[[str, Tensor], Tensor]
+"""What a step takes for the gradient ``(tasks, *shape)`` of a parameter, by its name; gradients
+flow through it."""
+
 OPTIMIZERS = ("sgd", "adam")
 
 
@@ -95,6 +99,7 @@ class InnerLoop(ABC):
         model: the network whose parameters adapt; its structure is left as it is.
         adapted: names of the parameters that the inner loop changes.
         rate: step size alpha of each parameter in each step.
+        direction: what is done to a gradient, once it is clipped, before it is descended.
         optimizer: ``"sgd"``, or ``"adam"`` with beta1 = 0 as in Nichol et al. 2018 (Reptile); its
             moments start at zero in every task.
         clip: bound on each element of the inner gradient, or None.
@@ -112,6 +117,7 @@ class InnerLoop(ABC):
         adapted: Sequence[str],
         *,
         rate: Rate,
+        direction: Direction = lambda name, gradient: gradient,
         optimizer: str = "sgd",
         clip: float | None = None,
         proximal: float = 0.0,
@@ -119,6 +125,7 @@ class InnerLoop(ABC):
     ) -> None:
         self.adapted = list(adapted)
         self.rate = rate
+        self.direction = direction
         self.optimizer = optimizer
         self.clip = clip
         self.proximal = proximal
@@ -167,9 +174,11 @@ class InnerLoop(ABC):
             loss = loss + self.proximal / 2 * torch.stack(away).sum()
         return loss
 
-    def clipped(self, gradient: Tensor) -> Tensor:
-        """An inner gradient within its bound."""
-        return gradient if self.clip is None else gradient.clamp(-self.clip, self.clip)
+    def shaped(self, name: str, gradient: Tensor) -> Tensor:
+        """An inner gradient ``(tasks, *shape)`` as a step takes it: clipped and directed."""
+        if self.clip is not None:
+            gradient = gradient.clamp(-self.clip, self.clip)
+        return self.direction(name, gradient)
 
     def query(self, fast: Fast, tasks: Tasks) -> Tensor:
         """Outputs for the query sets ``(tasks, m, out)`` at these fast weights."""
@@ -260,12 +269,15 @@ class HigherInnerLoop(InnerLoop):
         return higher.optim.get_diff_optim(
             prototype,
             stand_ins,
-            grad_callback=partial(self._shaped, constant=first_order),
+            grad_callback=partial(self._all_shaped, constant=first_order),
             track_higher_grads=create_graph,
         )
 
-    def _shaped(self, gradients: Sequence[Tensor | None], *, constant: bool) -> list[Tensor | None]:
-        """The gradients as a step takes them: clipped, and cut from the graph if constant."""
+    def _all_shaped(
+        self, gradients: Sequence[Tensor | None], *, constant: bool
+    ) -> list[Tensor | None]:
+        """The gradients as a step takes them, cut from the graph if constant."""
         return [
-            None if g is None else self.clipped(g.detach() if constant else g) for g in gradients
+            None if g is None else self.shaped(name, g.detach() if constant else g)
+            for name, g in zip(self.adapted, gradients, strict=True)
         ]

@@ -29,7 +29,7 @@ from bench.progress import Display
 from bench.protocol import after_last_step, evaluate
 from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_hash
 from bench.sweep import Cell, Sweep
-from bench.training import build, train, validation_interval, write_tensors
+from bench.training import build, hyperparameters, train, validation_interval, write_tensors
 from datasets import Source
 
 GRADIENT_TOLERANCE = 1e-8
@@ -138,7 +138,7 @@ def check_gradient(
         algorithm.evaluate(batch, 0)  # what it cannot do, it says here
     if algorithm.engine == "higher":
         return 0.0
-    settings = cell.hyperparameters
+    settings = hyperparameters(cell, source)
     error = verify(cell.algorithm, algorithm.model, batch, settings, engine=algorithm.engine)
     if not error < GRADIENT_TOLERANCE:
         raise BenchError(

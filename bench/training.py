@@ -66,7 +66,15 @@ def build(cell: Cell, source: Source) -> Algorithm:
     model_name = cell.model or models.usual(source.sample_shape)
     seed = stream_seed("initialisation", cell.seed)
     model = models.build(model_name, source.sample_shape, outputs, seed).to(cell.device)
-    return algorithms.create(cell.algorithm, model, **cell.hyperparameters)
+    return algorithms.create(cell.algorithm, model, **hyperparameters(cell, source))
+
+
+def hyperparameters(cell: Cell, source: Source) -> dict[str, Any]:
+    """The algorithm's own of a cell; the classes to train on, if left open, are the source's."""
+    own = cell.hyperparameters
+    if "train_classes" in own and own["train_classes"] is None:
+        return own | {"train_classes": source.class_count()}
+    return own
 
 
 def train(

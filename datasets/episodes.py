@@ -24,7 +24,9 @@ from torch import Tensor
 
 Batch = dict[str, tuple[Tensor, Tensor]]
 """torchmeta's batch: ``{"train": (inputs, targets), "test": (inputs, targets)}``; ``train`` is the
-support set and ``test`` the query set, and every tensor's first dimension counts tasks."""
+support set and ``test`` the query set, and every tensor's first dimension counts tasks. Beside
+them ``"classes"``, where a source has any, is the class of each sample of the two sets as its
+number within the split: int64, of the targets' shapes."""
 
 Task = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``((x_support, y_support), (x_query, y_query))``, as tutorials write one task."""
@@ -110,6 +112,10 @@ class Source(ABC):
         """How often that many episodes use each sample, on average; None where samples are new."""
         return None
 
+    def class_count(self) -> int | None:
+        """How many classes the split has; None where there are no classes."""
+        return None
+
     def classes_of(self, spec: EpisodeSpec, episodes: int) -> npt.NDArray[np.int64] | None:
         """The classes of the first episodes of a stream ``(episodes, ways)``, as numbers within
         the split; None where there are no classes."""
@@ -190,8 +196,15 @@ class ClassSource(Source):
     def reuse(self, spec: EpisodeSpec, episodes: int) -> float | None:
         return episodes * spec.ways * (spec.shots + spec.test_shots) / len(self.samples)
 
+    def class_count(self) -> int:
+        return len(self.counts)
+
     def classes_of(self, spec: EpisodeSpec, episodes: int) -> npt.NDArray[np.int64]:
-        firsts = np.stack([self.indices(spec, index)[0][:, 0] for index in range(episodes)])
+        return self._owners(np.stack([self.indices(spec, i)[0] for i in range(episodes)]))
+
+    def _owners(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The classes of episodes' samples ``(episodes, ways, n)``: ``(episodes, ways)``."""
+        firsts = samples[:, :, 0]
         found: npt.NDArray[np.int64] = np.searchsorted(self._starts, firsts, side="right") - 1
         return found
 
@@ -221,17 +234,25 @@ class ClassSource(Source):
 
     def batch(self, spec: EpisodeSpec, indices: Sequence[int]) -> Batch:
         drawn = [self.indices(spec, index) for index in indices]
-        device = self.samples.device
-        chosen = torch.from_numpy(np.stack([samples for samples, _ in drawn])).to(device)
-        labels = torch.from_numpy(np.stack([labels for _, labels in drawn])).to(device)
+        samples = np.stack([samples for samples, _ in drawn])
+        of_rows = (samples, np.stack([labels for _, labels in drawn]), self._owners(samples))
+        chosen, labels, classes = (torch.from_numpy(v).to(self.samples.device) for v in of_rows)
+        support, query = chosen[..., : spec.shots], chosen[..., spec.shots :]
         tasks = len(drawn)
 
-        def half(part: Tensor) -> tuple[Tensor, Tensor]:
-            inputs = self.samples[part.flatten()].to(torch.float32).div_(255)
-            targets = labels[:, :, None].expand(part.shape)
-            return inputs.view(tasks, -1, *self.sample_shape), targets.reshape(tasks, -1)
+        def inputs(part: Tensor) -> Tensor:
+            values = self.samples[part.flatten()].to(torch.float32).div_(255)
+            return values.view(tasks, -1, *self.sample_shape)
 
-        return {"train": half(chosen[..., : spec.shots]), "test": half(chosen[..., spec.shots :])}
+        def each(values: Tensor, part: Tensor) -> Tensor:
+            """The value of its row for each sample ``(tasks, ways * n)``."""
+            return values[:, :, None].expand(part.shape).reshape(tasks, -1)
+
+        return {
+            "train": (inputs(support), each(labels, support)),
+            "test": (inputs(query), each(labels, query)),
+            "classes": (each(classes, support), each(classes, query)),
+        }
 
     def to(self, device: torch.device | str) -> ClassSource:
         return ClassSource(self.samples.to(device), self.counts, self.classes)

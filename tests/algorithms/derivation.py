@@ -275,6 +275,108 @@ def prototype_gradient(
     return dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
 
 
+def curved_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    maps: dict[str, list[Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    norm: str,
+) -> tuple[Parameters, dict[str, list[Tensor]]]:
+    """Meta-Curvature's (Park and Oliva 2019): each gradient, as a vector, by the Kronecker product
+    of its matrices. By the network's parameters, and by those matrices."""
+    theta = {n: v.detach().clone().requires_grad_() for n, v in model.named_parameters()}
+    maps = {n: [m.detach().clone().requires_grad_() for m in each] for n, each in maps.items()}
+    losses = []
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((batch[half][0][i], batch[half][1][i]) for half in ("train", "test"))
+        p = dict(theta)
+        for _ in range(steps):
+            loss = F.cross_entropy(outputs(p, xs), ys)
+            slopes = torch.autograd.grad(loss, list(p.values()), create_graph=True)
+            for (name, value), slope in zip(list(p.items()), slopes, strict=True):
+                whole = maps[name][0]
+                for matrix in maps[name][1:]:
+                    whole = torch.kron(whole, matrix)
+                p[name] = value - lr * (whole @ slope.flatten()).view_as(value)
+        losses.append(F.cross_entropy(query_outputs(p, xs, xq, norm), yq))
+    flat = [m for each in maps.values() for m in each]
+    found = torch.autograd.grad(torch.stack(losses).mean(), [*theta.values(), *flat])
+    rest = iter(found[len(theta) :])
+    by_map = {name: [next(rest) for _ in each] for name, each in maps.items()}
+    return dict(zip(theta, found[: len(theta)], strict=True)), by_map
+
+
+def class_scores(z: Tensor, head: Parameters, scale: float | None) -> Tensor:
+    """A linear classifier's scores of features; with a scale, of one by cosines (no bias)."""
+    if scale is None:
+        return z @ head["weight"].T + head["bias"]
+    norms = z.norm(dim=1)[:, None] * head["weight"].norm(dim=1)
+    return scale * (z @ head["weight"].T) / norms
+
+
+def pretraining_gradient(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    classifier: Parameters,
+    *,
+    scale: float | None,
+    norm: str,
+) -> tuple[Parameters, Parameters]:
+    """Chen et al.'s (2019) pre-training: every sample's cross-entropy among all classes. By the
+    body's parameters, and by the classifier's."""
+    theta = {
+        n: v.detach().clone().requires_grad_()
+        for n, v in model.named_parameters()
+        if not n.startswith("head")
+    }
+    classifier = {n: v.detach().clone().requires_grad_() for n, v in classifier.items()}
+    losses = []
+    for i in range(len(batch["train"][0])):
+        xs, xq = batch["train"][0][i], batch["test"][0][i]
+        classes = torch.cat([half[i] for half in batch["classes"]])
+        z = torch.cat([features(theta, xs), query_outputs(theta, xs, xq, norm, features)])
+        exponents = class_scores(z, classifier, scale).exp()
+        losses += [-torch.log(e[c] / e.sum()) for e, c in zip(exponents, classes, strict=True)]
+    loss = torch.stack(losses).mean()
+    found = torch.autograd.grad(loss, [*theta.values(), *classifier.values()])
+    by_theta = dict(zip(theta, found[: len(theta)], strict=True))
+    return by_theta, dict(zip(classifier, found[len(theta) :], strict=True))
+
+
+def new_heads_losses(
+    model: Net,
+    batch: dict[str, tuple[Tensor, Tensor]],
+    *,
+    scale: float | None,
+    steps: int,
+    lr: float,
+    norm: str,
+) -> Tensor:
+    """Query losses ``(tasks, steps + 1)`` of heads trained on frozen features. The gradient in the
+    scores is (p - y) / n; of cosines, the rest is by autograd."""
+    theta = {n: v.detach() for n, v in model.named_parameters()}
+    rows = []
+    for i in range(len(batch["train"][0])):
+        (xs, ys), (xq, yq) = ((batch[half][0][i], batch[half][1][i]) for half in ("train", "test"))
+        support, query = features(theta, xs), query_outputs(theta, xs, xq, norm, features)
+        head = {"weight": theta["head.weight"], "bias": theta["head.bias"]}
+        row = []
+        for _ in range(steps + 1):
+            row.append(F.cross_entropy(class_scores(query, head, scale), yq))
+            weight = head["weight"].clone().requires_grad_()
+            s = class_scores(support, {"weight": weight, "bias": head["bias"]}, scale)
+            slope = (torch.softmax(s, 1) - F.one_hot(ys, s.shape[1])).detach() / len(ys)
+            (by_weight,) = torch.autograd.grad((slope * s).sum(), weight)
+            head = {
+                "weight": head["weight"] - lr * by_weight,
+                "bias": head["bias"] - lr * slope.sum(0),
+            }
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
 def make_batch(tasks: int = 3, ways: int = 3, shots: int = 2, queries: int = 2, seed: int = 0):
     """Random float64 images with a class signal; labels permuted a task."""
     g = torch.Generator().manual_seed(seed)

@@ -141,6 +141,55 @@ def test_prototypical_networks_gradient_equals_the_derivation(norm: str, engine:
     assert model.head.weight.grad is None
 
 
+def make_batch_with_classes(classes: int = 7) -> dict:
+    """Samples of one class share a number; which class a label is differs between tasks."""
+    batch = derivation.make_batch()
+    g = torch.Generator().manual_seed(5)
+    of_label = torch.stack([torch.randperm(classes, generator=g)[:3] for _ in range(3)])
+    batch["classes"] = tuple(of_label.gather(1, batch[half][1]) for half in ("train", "test"))
+    return batch
+
+
+BASELINES = pytest.mark.parametrize(
+    ("name", "own"), [("finetune", {}), ("finetune_pp", {"scale": 3.0})]
+)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("norm", MODES)
+@BASELINES
+def test_pre_trainings_gradient_equals_the_derivation(
+    name: str, own: dict, norm: str, engine: str
+) -> None:
+    model, batch = make_model(), make_batch_with_classes()
+    baseline = algorithms.create(name, model, train_classes=7, norm=norm, engine=engine, **own)
+    away_from_their_start(baseline.beside)
+    classifier = {n.removeprefix("classifier."): v for n, v in baseline.beside.items()}
+    expected = derivation.pretraining_gradient(
+        model, batch, classifier, scale=own.get("scale"), norm=norm
+    )
+    baseline.meta_backward(batch)
+    found = {n: p.grad for n, p in baseline.meta_parameters.items()}
+    assert relative_error(found, expected[0]) < 1e-10
+    assert relative_error({n: p.grad for n, p in classifier.items()}, expected[1]) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("norm", ["transductive", "support", "single"])
+@BASELINES
+def test_a_new_head_is_trained_on_frozen_features(
+    name: str, own: dict, norm: str, engine: str
+) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "norm": norm, "engine": engine, **own}
+    baseline = algorithms.create(name, model, train_classes=7, **settings)
+    expected = derivation.new_heads_losses(
+        model, batch, scale=own.get("scale"), steps=4, lr=LR, norm=norm
+    )
+    found = baseline.evaluate(batch, 4).loss
+    assert torch.allclose(found, expected, rtol=1e-10, atol=0)
+
+
 def away_from_their_start(learned: dict) -> None:
     """Step sizes that all differ, some of them negative."""
     torch.manual_seed(4)
@@ -164,6 +213,44 @@ def test_meta_sgds_gradient_equals_the_derivation(norm: str, engine: str) -> Non
     assert relative_error(gradients(model), expected) < 1e-10
     found = {n: algorithm.beside[f"alpha.{n}"].grad for n in alpha}
     assert relative_error(found, {n: g.sum(0) for n, g in by_rate.items()}) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("norm", MODES)
+def test_metacurvatures_gradient_equals_the_derivation(norm: str, engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "inner_steps": 2, "norm": norm, "engine": engine}
+    algorithm = algorithms.create("metacurvature", model, **settings)
+    away_from_their_start(algorithm.beside)
+    names = {"conv1.weight": 3, "conv2.weight": 3, "head.weight": 2}
+    of = {
+        name: [f"curvature.{name}.{mode}" for mode in range(names.get(name, 1))]
+        for name in algorithm.meta_parameters
+    }
+    assert [key for keys in of.values() for key in keys] == list(algorithm.beside)
+    expected, by_map = derivation.curved_gradient(
+        model,
+        batch,
+        {name: [algorithm.beside[key] for key in keys] for name, keys in of.items()},
+        steps=2,
+        lr=LR,
+        norm=norm,
+    )
+    algorithm.meta_backward(batch)
+    assert relative_error(gradients(model), expected) < 1e-10
+    for name, keys in of.items():
+        for key, matrix in zip(keys, by_map[name], strict=True):
+            assert relative_error({"": algorithm.beside[key].grad}, {"": matrix}) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_metacurvature_begins_as_maml(engine: str) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    settings = {"inner_lr": LR, "inner_steps": 2, "engine": engine}
+    algorithms.create("metacurvature", model, **settings).meta_backward(batch)
+    found = {n: g.clone() for n, g in gradients(model).items()}
+    algorithms.create("maml", model, **settings).meta_backward(batch)
+    assert relative_error(found, gradients(model)) < 1e-12
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -8,6 +8,7 @@ import algorithms
 from algorithms import models
 from algorithms.cavia import modulated_layer
 from tests.algorithms import derivation
+from tests.algorithms.test_meta_gradients import make_batch_with_classes
 
 
 def make(name: str, **settings) -> algorithms.Algorithm:
@@ -52,6 +53,37 @@ def test_protonet_learns_all_but_the_head() -> None:
     assert not torch.equal(after["conv1.weight"], before["conv1.weight"])
 
 
+@pytest.mark.parametrize("name", ["finetune", "finetune_pp"])
+def test_pre_training_learns_the_training_classes_and_never_the_head(name: str) -> None:
+    batch = make_batch_with_classes(classes=7)
+    baseline = make(name, train_classes=7)
+    assert baseline.adapted()[0] == "head.weight"
+    assert not any(name.startswith("head") for name in baseline.meta_parameters)
+    head = baseline.model.head.weight.clone()
+    optimizer = torch.optim.Adam(baseline.parameters(), lr=0.02)
+    for _ in range(20):
+        scores = baseline.meta_backward(batch)
+        optimizer.step()
+    assert scores.metric.mean() > 0.9  # among all seven, where chance is a seventh
+    assert torch.equal(baseline.model.head.weight, head)
+    before = [p.clone() for p in baseline.parameters()]
+    later = baseline.evaluate(batch, 5)
+    assert later.loss[:, 5].mean() < later.loss[:, 0].mean()
+    assert all(torch.equal(p, b) for p, b in zip(baseline.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune_pp"])
+def test_what_pre_training_cannot_do_is_said_in_a_line(name: str) -> None:
+    with pytest.raises(algorithms.AlgorithmError, match=f"{name} needs train_classes"):
+        make(name)
+    with pytest.raises(algorithms.AlgorithmError, match="train_classes is 0"):
+        make(name, train_classes=0)
+    with pytest.raises(algorithms.AlgorithmError, match='batch has no "classes"'):
+        make(name, train_classes=7).meta_backward(derivation.make_batch())
+    with pytest.raises(algorithms.AlgorithmError, match="linear head"):
+        algorithms.create(name, nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), train_classes=7)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
 def test_scratch_keeps_its_random_weights_and_adapts_as_maml_does(optimizer) -> None:
     batch = derivation.make_batch()
@@ -64,10 +96,11 @@ def test_scratch_keeps_its_random_weights_and_adapts_as_maml_does(optimizer) -> 
     assert torch.equal(scores.loss, maml.evaluate(batch).loss[:, -1])
 
 
-@pytest.mark.parametrize("name", ["boil", "protonet"])
+@pytest.mark.parametrize("name", ["boil", "protonet", "finetune", "finetune_pp"])
 def test_a_model_that_is_all_head_is_refused(name: str) -> None:
+    own = {"train_classes": 7} if name.startswith("finetune") else {}
     with pytest.raises(algorithms.AlgorithmError, match="before the head"):
-        algorithms.create(name, nn.Linear(3, 2))
+        algorithms.create(name, nn.Linear(3, 2), **own)
 
 
 @pytest.mark.parametrize("name", ["nearest", "protonet"])
@@ -120,6 +153,7 @@ def test_a_model_without_a_layer_to_modulate_is_refused() -> None:
         ("cavia", {"contexts": 0}, "contexts is 0"),
         ("imaml", {"proximal": 0}, "proximal is 0; it must be positive"),
         ("imaml", {"cg_steps": 0}, "cg_steps is 0; it must be positive"),
+        ("finetune_pp", {"scale": 0}, "scale is 0; it must be positive"),
         ("maml_pp", {"multi_step_until": 1.5}, "multi_step_until is 1.5; it must be from 0 to 1"),
     ],
 )
@@ -130,7 +164,7 @@ def test_a_bad_setting_of_an_algorithms_own_is_named(
         make(name, **setting)
 
 
-@pytest.mark.parametrize("name", ["meta_sgd", "maml_pp", "cavia"])
+@pytest.mark.parametrize("name", ["meta_sgd", "metacurvature", "maml_pp", "cavia"])
 def test_state_brings_back_all_that_was_learned(name: str) -> None:
     batch, (learned, other) = derivation.make_batch(), (make(name), make(name))
     optimizer = torch.optim.SGD(learned.parameters(), lr=0.1)

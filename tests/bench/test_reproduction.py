@@ -339,3 +339,38 @@ def test_a_reference_is_of_a_recipe_and_says_what_made_it() -> None:
         assert kept["mean"] == pytest.approx(np.mean(kept["seed_means"]))
         assert len(kept["seed_means"]) == len(kept["seeds"]) == len(kept["train_seconds"])
         assert re.fullmatch(r"[0-9a-f]{40}", kept["environment"]["commit"])  # and no changes
+
+
+def kept_comparison(folder: Path, board: dict, summary: dict, pairs: dict) -> None:
+    folder.mkdir(parents=True)
+    for name, columns in (("leaderboard", board), ("summary", summary), ("comparison", pairs)):
+        pd.DataFrame(columns).to_csv(folder / f"{name}.csv", index=False)
+
+
+def test_the_table_of_algorithms_says_which_are_not_told_apart_from_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PAGES["compared"].__globals__, "COMPARISON", tmp_path)
+    shared = {"ways": 5, "shots": 1, "ci_episodes": 0.01, "iterations": 150, "meta_batch": 4}
+    costs = {"step_gflops": 1.25, "step_process_ms": 30, "eval_process_ms": 2}
+    board = {"algorithm": ["anil", "maml", "nearest"], "mean": [0.7, 0.69, 0.4]}
+    board |= {"peak_memory_bytes": [3 * 2**20, 2**20, None]} | shared | costs
+    pairs = {
+        "algorithm_a": ["anil", "anil", "maml"],
+        "algorithm_b": ["maml", "nearest", "nearest"],
+        "better": ["", "anil", "maml"],
+        "over": "seeds",
+    }
+    seeds = {"algorithm": ["anil", "anil", "maml", "maml", "nearest", "nearest"]}
+    seeds["mean"] = [0.6, 0.8, 0.68, 0.7, 0.4, 0.4]
+    kept_comparison(tmp_path / "glyphs", board | {"seeds": 2}, seeds, pairs)
+    kept_comparison(tmp_path / "lake", board | {"seeds": 1}, seeds, pairs)
+    lines = PAGES["compared"]().splitlines()
+    assert lines[0].startswith("| algorithm | glyphs, 5-way 1-shot, 2 seeds | meta-step, GFLOPs |")
+    assert lines[2] == "| `anil` | **70.0 ± 1.0** (60.0 to 80.0) | 1.25 | 30 | 3 | 2.0 |"
+    assert lines[3].startswith("| `maml` | **69.0 ± 1.0** (68.0 to 70.0) |")
+    assert lines[4] == "| `nearest` | 40.0 ± 1.0 (40.0 to 40.0) | 1.25 | 30 |  | 2.0 |"
+    assert lines[6] == "Told apart, after Holm: 2 of 3 pairs on glyphs, over seeds."
+    errors = PAGES["challenge"]().splitlines()
+    assert errors[2] == "| `anil` | 30.0 ± 1.0 | 150 iterations of 4 tasks, here |"
+    assert errors[-1].endswith("| published |")

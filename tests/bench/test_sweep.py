@@ -63,9 +63,10 @@ def test_training_shots_are_the_evaluations_unless_they_differ() -> None:
 
 
 def test_gradients_of_a_meta_step_are_counted_as_each_algorithm_takes_them() -> None:
-    names = "maml,protonet,nearest,scratch,imaml"
+    names = "maml,protonet,nearest,scratch,imaml,finetune"
     found = {c.algorithm: c.gradients_per_step for c in cells(algos=names, inner_steps="3")}
-    assert found == {"maml": 16, "protonet": 4, "nearest": 0, "scratch": 12, "imaml": 40}
+    expected = {"maml": 16, "protonet": 4, "nearest": 0, "scratch": 12, "imaml": 40, "finetune": 8}
+    assert found == expected
 
 
 @pytest.mark.parametrize(

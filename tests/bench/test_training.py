@@ -8,7 +8,7 @@ import torch
 import datasets
 from bench.errors import CellError
 from bench.sweep import Cell
-from bench.training import meta_lr, read_tensors, train
+from bench.training import build, meta_lr, read_tensors, train
 
 
 @pytest.fixture
@@ -18,6 +18,15 @@ def splits() -> list[datasets.Source]:
 
 def weights(algorithm) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in algorithm.parameters()])
+
+
+def test_the_classes_to_pre_train_on_are_the_training_splits(cell: Cell, splits) -> None:
+    for asked, found in ((None, splits[0].class_count()), (40, 40)):
+        own = {"train_classes": asked}
+        baseline = build(
+            cell.model_copy(update={"algorithm": "finetune", "hyperparameters": own}), splits[0]
+        )
+        assert len(baseline.beside["classifier.weight"]) == found
 
 
 def interrupted_after(*iterations: int):
@@ -39,13 +48,13 @@ def test_the_same_cell_twice_gives_the_same_bits(cell: Cell, splits, tmp_path: P
     assert log.val_metric == log_again.val_metric
 
 
-@pytest.mark.parametrize("name", ["maml", "reptile", "meta_sgd", "maml_pp"])
+@pytest.mark.parametrize("name", ["maml", "reptile", "meta_sgd", "maml_pp", "finetune"])
 def test_an_interrupted_training_goes_on_to_the_same_bits(
     name: str, cell: Cell, splits, tmp_path: Path
 ) -> None:
     own = {"inner_batch": 3, "inner_steps": 2, "inner_optimizer": "adam", "inner_lr": 0.01}
     if name != "reptile":  # which draws mini-batches of its own
-        own = {}
+        own = {"train_classes": None} if name == "finetune" else {}
     update = {"algorithm": name, "hyperparameters": cell.hyperparameters | own}
     cell = cell.model_copy(update=update)
     undisturbed, log = train(cell, *splits, tmp_path / "undisturbed")

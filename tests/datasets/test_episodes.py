@@ -343,6 +343,18 @@ def test_the_classes_of_an_episode_are_those_of_its_samples(protocol: str) -> No
     assert (drawn == torch.from_numpy(source().classes_of(spec, 3))[:, :, None]).all()
 
 
+@pytest.mark.parametrize("protocol", ["independent", "disjoint"])
+def test_a_batch_says_the_class_of_each_sample(protocol: str) -> None:
+    batch = loader(batch_size=2, protocol=protocol)[0]
+    for (inputs, targets), classes in zip(
+        (batch["train"], batch["test"]), batch["classes"], strict=True
+    ):
+        assert classes.dtype == torch.int64
+        assert classes.shape == targets.shape
+        assert torch.equal(classes, decoded(inputs)[..., 0].long())
+    assert source().class_count() == len(COUNTS)
+
+
 def test_reuse_counts_how_often_a_sample_is_drawn() -> None:
     episodes = disjoint(10, 20, ways=5, shots=1, test_shots=3)
     assert episodes.source.reuse(episodes.spec, 50) == pytest.approx(50 * 20 / 200)
