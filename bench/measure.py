@@ -261,16 +261,25 @@ def measure(
 
 
 def headline(performance: pd.DataFrame) -> dict[str, Any]:
-    """The summary's columns of one cell's measurements; what was not measured is left out."""
-    medians = performance.groupby("phase")[["seconds", "flops"]].median()
+    """The summary's columns of one cell's measurements; what was not measured is left out.
+
+    Times are medians of the repeats, and ``_iqr`` their interquartile range.
+    """
+    phases = performance.groupby("phase")
+    medians = phases[["seconds", "flops"]].median()
     seconds: dict[Any, float] = medians["seconds"].to_dict()
+    lower, upper = (phases["seconds"].quantile(share) for share in (0.25, 0.75))
+    spread: dict[Any, float] = (upper - lower).to_dict()
     flops: dict[Any, float] = medians["flops"].to_dict()
     rate = {phase: flops[phase] / seconds[phase] for phase in (STEP, CALIBRATION)}
     steps = performance[performance["phase"] == STEP]
     figures = {
         "step_ms": 1e3 * seconds[STEP],
+        "step_ms_iqr": 1e3 * spread[STEP],
         "eval_ms_per_episode": 1e3 * seconds[EVALUATION] / EPISODES,
+        "eval_ms_per_episode_iqr": 1e3 * spread[EVALUATION] / EPISODES,
         "step_gflops": flops[STEP] / 1e9,
+        "episode_gflops": flops[EVALUATION] / EPISODES / 1e9,
         "matmul_share": rate[STEP] / rate[CALIBRATION],
         "peak_memory_bytes": steps["peak_bytes"].max(),
         "step_joules": steps["joules"].median() if "joules" in steps else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from bench.findings import Task, headline, level_with_best, task_name, tasks, ve
 from bench.tables import Tables, varying
 
 INTERVALS = (
-    "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again; over "
-    "episodes of this trained model, on new tasks."
+    "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again (on these "
+    "test episodes); over episodes of this trained model, on new tasks. Times are medians; in "
+    "brackets, the interquartile range of the repeats."
 )
 
 
@@ -38,11 +40,13 @@ def markdown(
     for _, row in board.head(ROWS).iterrows():
         failed = "**failed**" if row["seeds"] == 0 else _md(headline(row))
         memory = row["peak_memory_bytes"] / 2**20
+        time, spread = _number(row["step_ms"], 1), _number(row.get("step_ms_iqr", math.nan), 1)
+        time = f"{time} ({spread})" if spread else time
         lines.append(
             _md_row(
                 [_md(task_name(row, board)), _md(row["label"])]
                 + [_md(plain(row[setting])) for setting in settings]
-                + [failed, _number(row["step_ms"], 1), _number(memory, 0)]
+                + [failed, time, _number(memory, 0)]
             )
         )
     lines += [*_more(len(board) - ROWS, "rows"), ""]

@@ -230,6 +230,12 @@ def test_lists_name_everything(bench, kind: str) -> None:
         assert name in out
 
 
+def test_no_arguments_are_answered_with_help_alone(bench) -> None:
+    status, out, err = bench()
+    assert (status, err) == (2, "")
+    assert "Start with: python -m bench run" in out
+
+
 def test_help_teaches(bench) -> None:
     status, out, _ = bench("run", "--help")
     assert status == 0

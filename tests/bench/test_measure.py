@@ -150,8 +150,21 @@ def test_a_cells_memory_owes_nothing_to_the_process_that_started_it(cell: Cell) 
 def test_what_was_not_measured_is_left_out() -> None:
     rows = [(phase, 0.1, None, 1e9) for phase in measure.PHASES]
     found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
-    expected = {"step_ms", "eval_ms_per_episode", "step_gflops", "matmul_share"}
-    assert measure.headline(found).keys() == expected
+    times = {"step_ms", "step_ms_iqr", "eval_ms_per_episode", "eval_ms_per_episode_iqr"}
+    assert measure.headline(found).keys() == times | {
+        *("step_gflops", "episode_gflops", "matmul_share")
+    }
+
+
+def test_a_time_is_quoted_as_its_median_and_spread() -> None:
+    """Quartiles of 1 .. 7 are 2.5 and 5.5; one stray repeat moves neither."""
+    seconds = [3.0, 1.0, 2.0, 700.0, 5.0, 6.0, 4.0]
+    rows = [(phase, s, None, 1e9) for phase in measure.PHASES for s in seconds]
+    found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
+    figures = measure.headline(found)
+    assert (figures["step_ms"], figures["step_ms_iqr"]) == (4000, 3000)
+    each = figures["eval_ms_per_episode"], figures["eval_ms_per_episode_iqr"]
+    assert each == (4000 / measure.EPISODES, 3000 / measure.EPISODES)
 
 
 def test_a_measuring_process_that_fails_is_a_failed_cell(cell: Cell) -> None:
