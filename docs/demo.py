@@ -20,6 +20,7 @@ from reproduction import filled
 from rich.console import Console
 
 from bench import comparison, report
+from bench.plots import draw_all
 from bench.progress import summary_table
 from bench.store import Run
 
@@ -64,11 +65,11 @@ def main(folder: Path) -> None:
     for name, block in (("demo", table(folder)), ("compared", sentences(folder))):
         text = filled(text, name, f"```\n{block}\n```\n")
     README.write_text(text, encoding="utf-8")
+    run = Run(folder)
+    drawn, *_ = draw_all(run.summary(), run.figures)
+    shutil.copyfile(drawn, ROOT / "docs" / "demo.png")
     page, *_ = report.write(folder)
     picture(page, ROOT / "docs" / "report.png")
-    # As `run` drew it, not as `report` does.
-    complete = Run(folder).summary()
-    shutil.copyfile(folder / "figures" / "accuracy.png", ROOT / "docs" / "demo.png")
 
 
 if __name__ == "__main__":

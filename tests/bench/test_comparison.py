@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bench import comparison, measure
+from bench import measure
 from bench.comparison import COLUMNS, compare
 from bench.errors import BenchError
+from bench.protocol import after_last_step
 from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run
 from bench.sweep import Cell, Sweep
 from tests.bench.conftest import QUICK
@@ -282,7 +283,8 @@ def test_seeds_and_settings_come_to_one_figure_an_algorithm(tmp_path: Path) -> N
         for seed, mean in enumerate(of_seeds):
             scores = np.where(np.arange(100) % 2, mean - 0.05, mean + 0.05)
             put(tmp_path, cell_of(algorithm, shots=[shots], seeds=[seed]), scores)
-    found = compare([tmp_path]).aggregate
+    comparison = compare([tmp_path])
+    found = comparison.aggregate
     assert (found.settings, found.seeds, found.leader) == (2, 2, "maml")
     assert found.middle["maml"].estimate == pytest.approx((0.8 + 0.9) / 2)
     assert found.middle["anil"].estimate == pytest.approx((0.6 + 0.8) / 2)
@@ -292,7 +294,7 @@ def test_seeds_and_settings_come_to_one_figure_an_algorithm(tmp_path: Path) -> N
     assert "maml 85.0% [" in middle
     assert "other seeds" in middle
     assert "a run of maml beats one of another over 2 settings and 2 seeds: anil 0.75 [" in better
-    written = compare([tmp_path]).write(tmp_path)
+    written = comparison.write(tmp_path)
     assert [path.name for path in written] == ["comparison.csv", "aggregate.csv"]
     assert pd.read_csv(written[1])["statistic"].tolist() == [
         *("interquartile_mean", "interquartile_mean", "probability_of_improvement")
@@ -320,7 +322,7 @@ def test_the_command_says_and_writes_what_a_real_run_shows(bench, tmp_path: Path
     table = pd.read_csv(tmp_path / "r" / "comparison.csv")
     assert tuple(table.columns) == COLUMNS
     scores = {
-        record.cell.algorithm: comparison.after_last_step(Run(tmp_path / "r").scores(record.cell))
+        record.cell.algorithm: after_last_step(Run(tmp_path / "r").scores(record.cell))
         for record in Run(tmp_path / "r").records()
     }
     difference = (scores["anil"] - scores["maml"]).mean()
