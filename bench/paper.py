@@ -11,7 +11,7 @@ import pandas as pd
 
 from bench.comparison import Row
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
-from bench.tables import Tables, varying
+from bench.tables import COUNTS, Tables, varying
 
 INTERVALS = (
     "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again (on these "
@@ -34,7 +34,7 @@ def markdown(
     board = tables.leaderboard
     settings = varying(board)
     titles = ["task", "algorithm", *(s.replace("_", " ") for s in settings), "score"]
-    titles += ["meta-step, ms", "memory, MiB"]
+    titles += ["samples a step", "gradients a step", "meta-step, ms", "memory, MiB"]
     lines = [f"## {_md(name)}", "", INTERVALS, "", _md_row(titles)]
     lines.append("|---|---|" + "---:|" * (len(titles) - 2))
     for _, row in board.head(ROWS).iterrows():
@@ -46,7 +46,8 @@ def markdown(
             _md_row(
                 [_md(task_name(row, board)), _md(row["label"])]
                 + [_md(plain(row[setting])) for setting in settings]
-                + [failed, time, _number(memory, 0)]
+                + [failed, *(_number(row[count], 0) for count in COUNTS), time]
+                + [_number(memory, 0)]
             )
         )
     lines += [*_more(len(board) - ROWS, "rows"), ""]

@@ -82,7 +82,7 @@ def test_a_swept_hyperparameter_tells_rows_apart_everywhere(bench, tmp_path: Pat
 
 
 def test_algorithms_are_scored_on_the_same_episodes_and_timed_in_turns(
-    bench, tmp_path: Path
+    bench, fresh_processes, tmp_path: Path
 ) -> None:
     bench("run", "--algos", "maml,fomaml", *QUICK, "--out", "r")
     run = Run(tmp_path / "r")

@@ -252,6 +252,7 @@ def test_markdown_and_latex_say_which_interval_and_hide_no_difference(run: Run) 
     assert "over 2 seeds" in markdown
     assert f"over {EPISODES} episodes" in markdown
     assert "| train shots |" in markdown
+    assert "| samples a step | gradients a step |" in markdown
     assert r"re\_ptile\|&lt;b&gt;" in markdown
     latex = (run.folder / "table.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
