@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -149,16 +150,15 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
         caption="\n".join(notes),
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+        padding=0,
+        show_edge=False,
         caption_justify="left",
     )
     table.add_column("algorithm", no_wrap=True)
     table.add_column("episodes of", no_wrap=True)
-    for name in varying:
-        table.add_column(name.replace("_", " "), justify="right")  # a long head takes two lines
-    for column in ("score", "meta-step", "episode", "memory"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for head in (*varying, "score", "meta-step_ms", "episode_ms", "memory_MiB"):
+        fixed = not head.endswith("_ms")  # a spread may stand below its median
+        table.add_column(head.replace("_", "\n"), justify="right", no_wrap=fixed)
     for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():
         complete = row["status"] == "complete"
         peak = row["peak_memory_bytes"]
@@ -169,7 +169,7 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
             score(row) if complete else "[red]failed[/red]",
             milliseconds(row["step_ms"], row["step_ms_iqr"]),
             milliseconds(row["eval_ms_per_episode"], row["eval_ms_per_episode_iqr"]),
-            "" if pd.isna(peak) else f"{peak / 2**20:.0f} MiB",
+            "" if pd.isna(peak) else f"{peak / 2**20:.0f}",
         )
     return table
 
@@ -227,6 +227,9 @@ def challenge_notes(summary: pd.DataFrame) -> list[str]:
 
 
 def milliseconds(value: float, spread: float) -> str:
-    """A time for people, with its spread; nothing for what was not measured."""
-    width = "" if pd.isna(spread) else f" ({spread:.1f})"
-    return "" if pd.isna(value) else f"{value:.1f}{width} ms"
+    """A time with its spread, to three digits of it: ``69.3 (4.1)``; nothing for what was not
+    measured."""
+    if pd.isna(value):
+        return ""
+    digits = min(max(2 - math.floor(math.log10(value)), 0), 2) if value > 0 else 2
+    return f"{value:.{digits}f}" + ("" if pd.isna(spread) else f" ({spread:.{digits}f})")
