@@ -1,5 +1,8 @@
 """Measurements are of what they say: repeats in turns, in processes of their own."""
 
+import mmap
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -139,6 +142,26 @@ def test_peak_memory_is_what_the_work_took() -> None:
     meter.start()
     again = meter.stop()["peak_bytes"]
     assert again is None or again < 64 * 2**20  # the earlier peak is forgotten, or not quoted
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells them apart")
+def test_pages_of_files_that_come_and_go_are_not_counted(tmp_path: Path) -> None:
+    size = 128 * 2**20
+    (tmp_path / "library").write_bytes(bytes(size))
+    with (tmp_path / "library").open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    read = sum(pages[:: mmap.PAGESIZE])  # there when the meter is made
+    meter = measure.Meter()
+    pages.madvise(mmap.MADV_DONTNEED)  # and dropped
+    meter.start()
+    held = torch.ones(size // 8)
+    peak = meter.stop()["peak_bytes"]
+    assert size / 2 - 2**20 < peak < size / 2 + 32 * 2**20
+    meter.start()
+    read += sum(pages[:: mmap.PAGESIZE])  # and read back
+    assert meter.stop()["peak_bytes"] < size / 2 + 32 * 2**20
+    assert (read, held.sum()) == (0, size // 8)
+    pages.close()
 
 
 def test_a_cells_memory_owes_nothing_to_the_process_that_started_it(cell: Cell) -> None:
