@@ -271,7 +271,7 @@ def measure(
 def headline(performance: pd.DataFrame) -> dict[str, Any]:
     """The summary's columns of one cell's measurements; what was not measured is left out.
 
-    Times are medians of the repeats, and ``_iqr`` their interquartile range.
+    Times and peaks are medians of the repeats, and ``_iqr`` is the interquartile range of a time.
     """
     phases = performance.groupby("phase")
     medians = phases[["seconds", "flops"]].median()
@@ -289,7 +289,7 @@ def headline(performance: pd.DataFrame) -> dict[str, Any]:
         "step_gflops": flops[STEP] / 1e9,
         "episode_gflops": flops[EVALUATION] / EPISODES / 1e9,
         "matmul_share": rate[STEP] / rate[CALIBRATION],
-        "peak_memory_bytes": steps["peak_bytes"].max(),
+        "peak_memory_bytes": steps["peak_bytes"].median(),
         "step_joules": steps["joules"].median() if "joules" in steps else None,
     }
     return {name: float(value) for name, value in figures.items() if not pd.isna(value)}

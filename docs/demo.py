@@ -54,7 +54,7 @@ def picture(page: Path, target: Path) -> None:
         )
         view = browser.new_page(viewport={"width": 1200, "height": 1500})
         view.goto(page.resolve().as_uri())
-        view.wait_for_selector("html[data-ready]")
+        view.wait_for_selector("html[data-ready]", timeout=300_000)
         view.screenshot(path=target)
         browser.close()
 

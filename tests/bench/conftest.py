@@ -62,7 +62,8 @@ class _Here:
 
 
 @contextmanager
-def _measured_here(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_Here]:
+def measured_here(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_Here]:
+    """In place of `measure._subject`."""
     yield _Here(cell, root)
 
 
@@ -80,7 +81,7 @@ def bench(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     if "fresh_processes" not in request.fixturenames:
-        monkeypatch.setattr(measure, "_subject", _measured_here)
+        monkeypatch.setattr(measure, "_subject", measured_here)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         status = main(arguments)

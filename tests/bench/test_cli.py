@@ -13,9 +13,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from bench import measure
+from bench.cli import main
 from bench.progress import summary_table
 from bench.store import SUMMARY_COLUMNS, Run
-from tests.bench.conftest import QUICK, TINY
+from tests.bench.conftest import QUICK, TINY, measured_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,14 +174,16 @@ LONG_ENOUGH_TO_CUT = ("run", "--algos", "maml", *QUICK, "--iterations", "400")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(*LONG_ENOUGH_TO_CUT, "--out", "whole", cwd=folder).wait() == 0
-    return folder / "whole"
+    folder = tmp_path_factory.mktemp("undisturbed") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_subject", measured_here)
+        assert main([*LONG_ENOUGH_TO_CUT, "--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    tmp_path: Path, undisturbed: Path, stop: int
+    bench, tmp_path: Path, undisturbed: Path, stop: int
 ) -> None:
     arguments = LONG_ENOUGH_TO_CUT
     process = start(*arguments, "--out", "cut", cwd=tmp_path)
@@ -192,7 +196,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert process.returncode == 130
     assert "the same command goes on from here" in out
     assert not Run(tmp_path / "cut").records()
-    assert start(*arguments, "--out", "cut", cwd=tmp_path).wait() == 0
+    assert bench(*arguments, "--out", "cut")[0] == 0
     (whole,), (cut,) = Run(undisturbed).records(), Run(tmp_path / "cut").records()
     assert cut.figures["mean"] == whole.figures["mean"]
     for name in ("episodes.parquet", "checkpoint.safetensors"):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
 
 from bench import rankings, stats
 
@@ -528,6 +529,12 @@ def test_a_ratio_needs_positive_values():
 def test_holm_on_a_worked_example():
     """Wikipedia, "Holm-Bonferroni method": at 0.05 the first and the last are rejected."""
     assert rankings.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_is_statsmodels():
+    p = np.random.default_rng(0).random(30) ** 3
+    p[3] = p[7]
+    assert rankings.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
 
 
 @few
