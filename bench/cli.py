@@ -507,6 +507,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     from bench.distributed import leads
 
-    if leads():
+    if message and leads():  # a command without arguments has printed its help
         print(f"bench: {' '.join(message.split())}", file=sys.stderr)
     return 2

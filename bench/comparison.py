@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scikit_posthocs
-import seaborn as sns
-from matplotlib.figure import Figure
 
 from bench.errors import BenchError
 from bench.files import write_text
 from bench.measure import STEP
+from bench.overall import Aggregate, Block, Ranks, aggregate, rank, said_p
 from bench.plots import save
 from bench.progress import reuse_notes
-from bench.rankings import Ranking, friedman_nemenyi, holm
+from bench.rankings import holm
 from bench.stats import (
     Difference,
     Floats,
@@ -40,6 +38,8 @@ from bench.stats import (
     paired_difference,
     paired_ratio,
     resolvable_difference,
+    resolvable_over_seeds,
+    seeds_to_resolve,
 )
 from bench.store import PERFORMANCE, Record, Run, in_threads, read_columns
 from bench.sweep import Cell, said
@@ -55,6 +55,13 @@ two entrants do not share is named beside their difference."""
 MEASURED = ("phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session")
 COUNTS = ("samples_per_step", "gradients_per_step")
 """What other settings come to."""
+RESOLUTION: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
+    "episodes": (resolvable_difference, episodes_to_resolve),
+    "seeds": (resolvable_over_seeds, seeds_to_resolve),
+}
+"""By what an interval speaks of: the smallest difference that is found, and how many find one."""
+TESTS = ("p", "p_wilcoxon", "p_permutation")
+"""Each is corrected by Holm over all comparisons of a table."""
 
 
 # Cells on disk -> results
@@ -260,13 +267,16 @@ class Row:
             `high`, the bounds of its 95% interval.
         p, p_holm: of Student's t (over seeds: the p value of the interval), alone and corrected
             over all comparisons of the table.
+        p_wilcoxon, p_permutation: of two tests with fewer assumptions, where there is one seed,
+            and `..._holm`, corrected likewise.
         effect: Cohen's d_z.
         seeds, episodes: how many both have.
         over: what the interval speaks of: ``episodes``, these trained models on new tasks, or
             ``seeds``, the algorithms trained again.
         better: the label of the better one, empty where `p_holm` shows no difference.
         resolvable: the smallest difference found with 80% power at this correction.
-        enough_for_half: how many of what `over` names would resolve half of that.
+        enough_for_half: how many of what `over` names would resolve half of that; infinite where
+            more seeds cannot, for the episodes are too few.
         time_ratio, time_low, time_high: meta-step of a over that of b, repeats taken in turns.
         memory_ratio: the same of peak memory.
         unlike: settings that a and b do not share, as ``name value of a / value of b``.
@@ -291,7 +301,9 @@ class Row:
     over: Over
     better: str
     p_wilcoxon: float
+    p_wilcoxon_holm: float
     p_permutation: float
+    p_permutation_holm: float
     resolvable: float
     enough_for_half: float
     time_ratio: float
@@ -309,7 +321,7 @@ class Row:
         if turned:
             first, second = second, first
         who = f"{first} over {second}" if self.better else f"{first} against {second}"
-        parts = [f"{who} {where}: {self._difference(turned)}", f"{_p(self.p_holm)} after Holm"]
+        parts = [f"{who} {where}: {self._difference(turned)}", f"{said_p(self.p_holm)} after Holm"]
         parts += self._costs(turned)
         said = ", ".join(parts)
         if not self.better:
@@ -348,11 +360,10 @@ class Row:
             return "they score alike throughout"
         scale, unit = (100.0, " points") if self.metric == "accuracy" else (1.0, "")
         now, half = scale * self.resolvable, scale * self.resolvable / 2
-        count = getattr(self, self.over)
-        return (
-            f"{count:,} {self.over} can resolve {now:.2g}{unit}; "
-            f"{self.enough_for_half:,.0f} would resolve {half:.2g}"
-        )
+        can = f"{getattr(self, self.over):,} {self.over} can resolve {now:.2g}{unit}"
+        if math.isinf(self.enough_for_half):
+            return f"{can} on {self.episodes:,} episodes, and without more of them not half of it"
+        return f"{can}; {self.enough_for_half:,.0f} would resolve {half:.2g}"
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -360,11 +371,12 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 @dataclass(frozen=True)
 class Comparison:
-    """What runs show: a row a pair, the ranks over settings where there are any, and what a reader
-    must know besides."""
+    """What runs show: a row a pair, what there is to say of all settings together, and what else a
+    reader must know."""
 
     rows: list[Row]
     ranks: Ranks | None
+    aggregate: Aggregate | None
     notes: list[str]
 
     @property
@@ -380,22 +392,32 @@ class Comparison:
             "models on new tasks, over seeds of the algorithms trained again. Time and memory are "
             "a meta-step's."
         )
+        sentences = [row.sentence() for row in self.rows]
+        return [heading, *sentences, *self.overall, *self.notes]
+
+    @property
+    def overall(self) -> list[str]:
+        """What is said of all settings together."""
         ranks = [self.ranks.sentence()] if self.ranks else []
-        return [heading, *(row.sentence() for row in self.rows), *ranks, *self.notes]
+        return ranks + (self.aggregate.sentences() if self.aggregate else [])
 
     def write(self, folder: Path) -> list[Path]:
-        """Write ``comparison.csv``, and the critical-difference diagram where there are ranks.
+        """Write ``comparison.csv``, and, where there are enough settings, ``aggregate.csv`` and
+        the critical-difference diagram.
 
         Raises:
             BenchError: a folder that cannot be written.
         """
         run = Run(folder)
-        table = folder / "comparison.csv"
+        tables = {folder / "comparison.csv": self.table}
+        if self.aggregate is not None:
+            tables[folder / "aggregate.csv"] = self.aggregate.table
         try:
-            write_text(table, self.table.to_csv(index=False))
+            for path, table in tables.items():
+                write_text(path, table.to_csv(index=False))
             if self.ranks is None:
-                return [table]
-            return [table, *save(self.ranks.diagram(), run.figures / "critical_difference")]
+                return list(tables)
+            return [*tables, *save(self.ranks.diagram(), run.figures / "critical_difference")]
         except OSError as error:
             raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
 
@@ -445,7 +467,8 @@ def compared(
     own = TUNED - {name for settings in telling(field).values() for name in settings}
     rows = [_row(a, b, names, own, ALPHA / len(pairs)) for a, b in pairs]
     notes += [*left_out, *_doubts(results), *_reuse(results)]
-    return Comparison(_corrected(rows), rank(field, names), notes)
+    settings = blocks(field, names)
+    return Comparison(_corrected(rows), rank(settings), aggregate(settings), notes)
 
 
 def _pair_up(
@@ -492,15 +515,15 @@ def _row(a: Entrant, b: Entrant, names: dict[Entrant, str], own: Set[str], alpha
     """Entrant a against b; ``own`` are settings that may differ without a word."""
     seeds = sorted(a.by_seed.keys() & b.by_seed.keys())
     x, y = (np.stack([one.by_seed[seed].scores for seed in seeds]) for one in (a, b))
+    d = x - y
     found: Difference
     if len(seeds) == 1:
-        found = paired_difference(x[0], y[0])
-        sampled = (x - y)[0]
+        found, d = paired_difference(x[0], y[0]), d[0]
     else:
         found = hierarchical_difference(x, y)
-        sampled = (x - y).mean(axis=1)
-    resolvable = resolvable_difference(sampled, alpha=alpha)
-    needed = episodes_to_resolve(sampled, resolvable / 2, alpha=alpha) if resolvable else math.nan
+    least, fewest = RESOLUTION[found.interval.over]
+    resolvable = least(d, alpha=alpha)
+    needed = fewest(d, resolvable / 2, alpha=alpha) if resolvable else math.nan
     paired = found if isinstance(found, PairedDifference) else None
     cell = a.any.cell
     unlike = {n: both for n, both in differing(a, b).items() if n not in own}
@@ -524,7 +547,9 @@ def _row(a: Entrant, b: Entrant, names: dict[Entrant, str], own: Set[str], alpha
         over=found.interval.over,
         better="",
         p_wilcoxon=paired.p_wilcoxon if paired else math.nan,
+        p_wilcoxon_holm=math.nan,
         p_permutation=paired.p_permutation if paired else math.nan,
+        p_permutation_holm=math.nan,
         resolvable=resolvable,
         enough_for_half=needed,
         **_cost_ratios([(a.by_seed[seed], b.by_seed[seed]) for seed in seeds]),
@@ -547,13 +572,23 @@ def _cost_ratios(pairs: Sequence[tuple[Result, Result]]) -> dict[str, float]:
 
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
-    """The rows with Holm's correction over all of them, and who is better by it."""
-    corrected = []
-    for row, p in zip(rows, holm([row.p for row in rows]), strict=True):
-        a_leads = (row.difference > 0) == (row.metric == "accuracy")
-        leader = row.algorithm_a if a_leads else row.algorithm_b
-        corrected.append(replace(row, p_holm=float(p), better=leader if p < ALPHA else ""))
-    return corrected
+    """The rows with Holm's correction of each test over all of them, and who is better by it."""
+    corrected = list(rows)
+    for test in TESTS:
+        values: dict[int, float] = {i: getattr(row, test) for i, row in enumerate(rows)}
+        known = {i: p for i, p in values.items() if not math.isnan(p)}
+        adjusted = holm(list(known.values())).tolist() if known else []
+        for i, p in zip(known, adjusted, strict=True):
+            found: dict[str, Any] = {f"{test}_holm": p}
+            corrected[i] = replace(corrected[i], **found)
+    return [replace(row, better=_better(row)) for row in corrected]
+
+
+def _better(row: Row) -> str:
+    if not row.p_holm < ALPHA:
+        return ""
+    a_leads = (row.difference > 0) == (row.metric == "accuracy")
+    return row.algorithm_a if a_leads else row.algorithm_b
 
 
 def _doubts(results: Sequence[Result]) -> list[str]:
@@ -574,73 +609,25 @@ def _reuse(results: Sequence[Result]) -> list[str]:
 # Many settings at once
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Where each algorithm comes, over settings."""
-
-    names: list[str]
-    settings: int
-    ranking: Ranking
-
-    def sentence(self) -> str:
-        """Mean ranks, best first, and what they are worth."""
-        order = sorted(zip(self.ranking.mean_ranks, self.names, strict=True))
-        ranks = ", ".join(f"{name} {mean:.1f}" for mean, name in order)
-        doubt = "; exploratory: so few settings are a hint at most"
-        return (
-            f"mean ranks over {self.settings} settings: {ranks}; Friedman {_p(self.ranking.p)}"
-            f"{doubt if self.ranking.exploratory else ''}"
-        )
-
-    def diagram(self) -> Figure:
-        """The critical-difference diagram (Demsar 2006): bars join what Nemenyi's test does not
-        tell apart."""
-        sns.set_theme(style="white", palette="colorblind", font_scale=0.9)
-        figure = Figure(figsize=(7, 1.4 + 0.25 * len(self.names)), layout="constrained")
-        axis = figure.subplots()
-        scikit_posthocs.critical_difference_diagram(
-            pd.Series(self.ranking.mean_ranks, self.names),
-            pd.DataFrame(self.ranking.nemenyi, self.names, self.names),
-            ax=axis,
-            color_palette=["black"] * len(self.names),
-        )
-        exploratory = ", exploratory" if self.ranking.exploratory else ""
-        axis.set_title(
-            f"mean rank over {self.settings} settings, 1 is best; joined: no difference shown "
-            f"(Nemenyi{exploratory})",
-            fontsize="small",
-        )
-        return figure
-
-
-def rank(field: Sequence[Entrant], names: dict[Entrant, str]) -> Ranks | None:
-    """The ranks of the algorithms that met every setting, on seeds that they share there.
-
-    None for fewer than three algorithms or two settings.
-    """
-    blocks: dict[tuple[Any, ...], dict[str, Entrant]] = {}
+def blocks(field: Sequence[Entrant], names: dict[Entrant, str]) -> list[Block]:
+    """The scores of each setting: a place, and the test episodes that were met there."""
+    members: dict[tuple[Any, ...], dict[str, Entrant]] = {}
     for entrant in field:
-        blocks.setdefault((entrant.place, entrant.any.episodes), {}).setdefault(
-            names[entrant], entrant
-        )
-    first, *others = blocks.values()
-    shared = [name for name in first if all(name in block for block in others)]
-    scores = [row for block in blocks.values() if (row := _scores(block, shared))]
-    if len(shared) < 3 or len(scores) < 2:
-        return None
-    return Ranks(shared, len(scores), friedman_nemenyi(scores))
+        key = (entrant.place, entrant.any.episodes)
+        members.setdefault(key, {}).setdefault(names[entrant], entrant)
+    return [_block(block) for block in members.values()]
 
 
-def _scores(block: dict[str, Entrant], names: Sequence[str]) -> list[float]:
-    """Mean scores in one setting, higher is better; empty where no seed is shared."""
-    members = [block[name] for name in names]
-    seeds = set.intersection(*(set(one.by_seed) for one in members)) if members else set()
-    if not seeds:
-        return []
-    sign = 1 if members[0].any.higher_is_better else -1
-    return [sign * float(np.mean([one.by_seed[s].scores for s in seeds])) for one in members]
-
-
-def _p(p: float) -> str:
-    """A p value for people."""
-    return "p < 0.0001" if p < 0.0001 else f"p = {float(f'{p:.2g}'):.4g}"
+def _block(members: dict[str, Entrant]) -> Block:
+    first, *others = members.values()
+    sign = 1 if first.any.higher_is_better else -1
+    return Block(
+        scores={
+            name: {seed: sign * float(one.scores.mean()) for seed, one in entrant.by_seed.items()}
+            for name, entrant in members.items()
+        },
+        accuracy=first.any.higher_is_better,
+        unlike=frozenset(n for other in others for n in differing(first, other))
+        - TUNED
+        - {*COUNTS},
+    )

@@ -55,11 +55,12 @@ class Meter:
     """Clocks and memory of one device; this one is the CPU's.
 
     Peak memory is how far the resident set rose above its level when the meter was made, which is
-    before the cell's first step.
+    before the cell's first step. Where the system tells, pages of files (the libraries) are left
+    out: it drops and reads those back as it likes, which can come to hundreds of MiB.
     """
 
     def __init__(self) -> None:
-        self.base = psutil.Process().memory_info().rss
+        self.base = _status("RssAnon") or psutil.Process().memory_info().rss
 
     def start(self) -> None:
         """Wait until the device is idle, forget earlier peaks and start the clocks."""
@@ -94,12 +95,19 @@ class Meter:
     def _highest(self) -> int:
         # Not getrusage where /proc tells: a new process starts with its parent's peak there, and
         # resetting the peak does not reach it.
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+        if peak := _status("VmHWM"):
+            return peak - _status("RssFile") - _status("RssShmem")
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> int:
+    """An amount of this process's memory as Linux tells it, in bytes; 0 where it does not."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 class AcceleratorMeter(Meter):
@@ -261,18 +269,27 @@ def measure(
 
 
 def headline(performance: pd.DataFrame) -> dict[str, Any]:
-    """The summary's columns of one cell's measurements; what was not measured is left out."""
-    medians = performance.groupby("phase")[["seconds", "flops"]].median()
+    """The summary's columns of one cell's measurements; what was not measured is left out.
+
+    Times and peaks are medians of the repeats, and ``_iqr`` is the interquartile range of a time.
+    """
+    phases = performance.groupby("phase")
+    medians = phases[["seconds", "flops"]].median()
     seconds: dict[Any, float] = medians["seconds"].to_dict()
+    lower, upper = (phases["seconds"].quantile(share) for share in (0.25, 0.75))
+    spread: dict[Any, float] = (upper - lower).to_dict()
     flops: dict[Any, float] = medians["flops"].to_dict()
     rate = {phase: flops[phase] / seconds[phase] for phase in (STEP, CALIBRATION)}
     steps = performance[performance["phase"] == STEP]
     figures = {
         "step_ms": 1e3 * seconds[STEP],
+        "step_ms_iqr": 1e3 * spread[STEP],
         "eval_ms_per_episode": 1e3 * seconds[EVALUATION] / EPISODES,
+        "eval_ms_per_episode_iqr": 1e3 * spread[EVALUATION] / EPISODES,
         "step_gflops": flops[STEP] / 1e9,
+        "episode_gflops": flops[EVALUATION] / EPISODES / 1e9,
         "matmul_share": rate[STEP] / rate[CALIBRATION],
-        "peak_memory_bytes": steps["peak_bytes"].max(),
+        "peak_memory_bytes": steps["peak_bytes"].median(),
         "step_joules": steps["joules"].median() if "joules" in steps else None,
     }
     return {name: float(value) for name, value in figures.items() if not pd.isna(value)}

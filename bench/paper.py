@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +11,12 @@ import pandas as pd
 
 from bench.comparison import Row
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
-from bench.tables import Tables, varying
+from bench.tables import COUNTS, Tables, varying
 
 INTERVALS = (
-    "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again; over "
-    "episodes of this trained model, on new tasks."
+    "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again (on these "
+    "test episodes); over episodes of this trained model, on new tasks. Times are medians; in "
+    "brackets, the interquartile range of the repeats."
 )
 
 
@@ -32,17 +34,20 @@ def markdown(
     board = tables.leaderboard
     settings = varying(board)
     titles = ["task", "algorithm", *(s.replace("_", " ") for s in settings), "score"]
-    titles += ["meta-step, ms", "memory, MiB"]
+    titles += ["samples a step", "gradients a step", "meta-step, ms", "memory, MiB"]
     lines = [f"## {_md(name)}", "", INTERVALS, "", _md_row(titles)]
     lines.append("|---|---|" + "---:|" * (len(titles) - 2))
     for _, row in board.head(ROWS).iterrows():
         failed = "**failed**" if row["seeds"] == 0 else _md(headline(row))
         memory = row["peak_memory_bytes"] / 2**20
+        time, spread = _number(row["step_ms"], 1), _number(row.get("step_ms_iqr", math.nan), 1)
+        time = f"{time} ({spread})" if spread else time
         lines.append(
             _md_row(
                 [_md(task_name(row, board)), _md(row["label"])]
                 + [_md(plain(row[setting])) for setting in settings]
-                + [failed, _number(row["step_ms"], 1), _number(memory, 0)]
+                + [failed, *(_number(row[count], 0) for count in COUNTS), time]
+                + [_number(memory, 0)]
             )
         )
     lines += [*_more(len(board) - ROWS, "rows"), ""]

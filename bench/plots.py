@@ -90,16 +90,18 @@ def intervals(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     With two seeds or more the interval is over seeds (the algorithm, trained again), else over
     test episodes (this trained model on new tasks).
     """
-    keys = ["dataset", "ways", "shots", "metric", "algorithm"]
+    keys = ["dataset", "ways", "shots", "device", "metric", "algorithm"]
     if summary.groupby(keys)["seed"].nunique().min() < 2:
         first = summary.drop_duplicates(keys)
-        return first[[*keys, "mean", "ci95"]], "over test episodes (one trained model)"
+        return first[[*keys, "mean", "ci95"]], OVERS["episodes"]
     rows = []
     for key, group in summary.groupby(keys):
         interval = mean_interval(group["mean"].to_numpy(), over="seeds")
         rows.append((*key, interval.estimate, interval.half_width))
-    seeds = summary.groupby(keys)["seed"].nunique().min()
-    return pd.DataFrame(rows, columns=[*keys, "mean", "ci95"]), f"over {seeds} seeds"
+    seeds = sorted(set(summary.groupby(keys)["seed"].nunique()))
+    count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    meaning = OVERS["seeds"].replace("seeds", f"{count} seeds", 1)
+    return pd.DataFrame(rows, columns=[*keys, "mean", "ci95"]), meaning
 
 
 def accuracy(summary: pd.DataFrame) -> Figure:
@@ -116,6 +118,8 @@ def scores_by_shots(scores: pd.DataFrame, meaning: str) -> Figure:
     """
     sns.set_theme(style="whitegrid", font_scale=0.9, rc=THIN)
     algorithms = list(dict.fromkeys(scores["algorithm"]))
+    if scores["device"].nunique() > 1:
+        scores = scores.assign(dataset=scores["dataset"] + " on " + scores["device"])
     panels = list(scores.groupby(["dataset", "ways", "metric"], sort=False))
     width = 0.9 + 0.08 * max(map(len, algorithms)) + 3.4 * len(panels)
     figure = Figure(figsize=(width, 3.6), layout="constrained")
@@ -141,8 +145,10 @@ def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
             label=name,
             color=PALETTE[index % len(PALETTE)],
             marker=MARKERS[index % len(MARKERS)],
+            markersize=4,
             linestyle="none",
-            capsize=3,
+            capsize=4,
+            elinewidth=1.2,
         )
     axis.set_xticks(range(len(shots)), [str(s) for s in shots])
     axis.set_xlim(-0.5, len(shots) - 0.5)
@@ -170,8 +176,6 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
         return []
     half = (board["high"] - board["low"]) / 2
     scores = board.assign(algorithm=board["label"], ci95=half)
-    if board["device"].nunique() > 1:
-        scores["dataset"] = board["dataset"] + " on " + board["device"]
     overs = set(board["over"])
     meaning = OVERS[overs.pop()] if len(overs) == 1 else "over seeds, or over episodes for one seed"
     figures = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -111,7 +112,13 @@ class Display:
             self.console.print(f"{self.label} {completed}/{self.total} {note}")
 
 
-SETTINGS = ("seed", "test_shots", "eval_steps", "norm", "engine", "device")
+SETTINGS = (
+    *("seed", "test_shots", "train_shots", "inner_steps", "eval_steps", "meta_batch"),
+    *("iterations", "episodes", "protocol", "norm", "engine", "device"),
+)
+"""What changes the meaning of a score: shown for each row where it varies, else below."""
+SHARED = ("seed", "test_shots", "iterations", "episodes", "norm", "engine", "device")
+"""Of those that do not vary, the ones that are said."""
 
 
 def score(row: pd.Series | dict[str, object]) -> str:
@@ -130,27 +137,28 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
         swept: settings that tell rows of one algorithm apart, to be shown besides the usual.
     """
     settings = list(dict.fromkeys([*SETTINGS, *swept]))
+    varying = [name for name in settings if _varies(name, summary)]
     shared = [
         f"{name.replace('_', ' ')} {summary[name].iloc[0]}"
-        for name in settings
+        for name in (*SHARED, *swept)
         if summary[name].nunique(dropna=False) == 1 and summary[name].notna().all()
     ]
-    varying = [name for name in settings if summary[name].nunique(dropna=False) > 1]
+    notes = ["times: median of the repeats (interquartile range)"]
+    notes += [f"all: {', '.join(shared)}"] if shared else []
     table = Table(
         title="± is the 95% interval over test episodes: this trained model on new tasks",
-        caption="all: " + ", ".join(shared) if shared else None,
+        caption="\n".join(notes),
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+        padding=0,
+        show_edge=False,
         caption_justify="left",
     )
     table.add_column("algorithm", no_wrap=True)
     table.add_column("episodes of", no_wrap=True)
-    for name in varying:
-        table.add_column(name.replace("_", " "), justify="right")  # a long head takes two lines
-    for column in ("score", "meta-step", "episode", "memory"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for head in (*varying, "score", "meta-step_ms", "episode_ms", "memory_MiB"):
+        fixed = not head.endswith("_ms")  # a spread may stand below its median
+        table.add_column(head.replace("_", "\n"), justify="right", no_wrap=fixed)
     for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():
         complete = row["status"] == "complete"
         peak = row["peak_memory_bytes"]
@@ -159,11 +167,19 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
             f"{row['dataset']} {row['ways']}w{row['shots']}s",
             *("" if pd.isna(row[name]) else str(row[name]) for name in varying),
             score(row) if complete else "[red]failed[/red]",
-            milliseconds(row["step_ms"]),
-            milliseconds(row["eval_ms_per_episode"]),
-            "" if pd.isna(peak) else f"{peak / 2**20:.0f} MiB",
+            milliseconds(row["step_ms"], row["step_ms_iqr"]),
+            milliseconds(row["eval_ms_per_episode"], row["eval_ms_per_episode_iqr"]),
+            "" if pd.isna(peak) else f"{peak / 2**20:.0f}",
         )
     return table
+
+
+def _varies(name: str, summary: pd.DataFrame) -> bool:
+    """Whether rows differ in a setting; training with the shots of the test is the same for all,
+    whatever their number."""
+    if name == "train_shots" and (summary["train_shots"] == summary["shots"]).all():
+        return False
+    return bool(summary[name].nunique(dropna=False) > 1)
 
 
 def reuse_notes(summary: pd.DataFrame) -> list[str]:
@@ -210,6 +226,10 @@ def challenge_notes(summary: pd.DataFrame) -> list[str]:
     return [note]
 
 
-def milliseconds(value: float) -> str:
-    """A time for people; nothing for what was not measured."""
-    return "" if pd.isna(value) else f"{value:.1f} ms"
+def milliseconds(value: float, spread: float) -> str:
+    """A time with its spread, to three digits of it: ``69.3 (4.1)``; nothing for what was not
+    measured."""
+    if pd.isna(value):
+        return ""
+    digits = min(max(2 - math.floor(math.log10(value)), 0), 2) if value > 0 else 2
+    return f"{value:.{digits}f}" + ("" if pd.isna(spread) else f" ({spread:.{digits}f})")

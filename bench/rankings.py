@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 from scikit_posthocs import posthoc_nemenyi_friedman
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from bench.stats import Floats, Interval, finite, inside_unit
 
@@ -36,12 +35,16 @@ def holm(p_values: npt.ArrayLike) -> Floats:
     """P values (m,) adjusted for a family of m tests, in the same order (Holm 1979).
 
     Reject where the adjusted value is below alpha: the chance of any false rejection is then at
-    most alpha. The family is to be named before its results are seen.
+    most alpha. The family is to be named before its results are seen. The tests hold this against
+    statsmodels' `multipletests`, which spends half a second a call in collecting garbage.
     """
     p = finite(p_values, "p_values")
     if p.min() < 0 or p.max() > 1:
         raise ValueError("p_values are not all from 0 to 1")
-    adjusted: Floats = multipletests(p, method="holm")[1]
+    order = np.argsort(p)
+    stepwise = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = stepwise.clip(max=1)
     return adjusted
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import io
 import json
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from bench import findings, paper, plots, tables
 from bench.comparison import Comparison, Row, compared
@@ -48,11 +50,17 @@ MEASURED = {
     "eval_ms_per_episode": ("Episode, ms", 1, 1),
     "peak_memory_bytes": ("Memory, MiB", 2**20, 0),
     "step_gflops": ("GFLOP a step", 1, 4),
+    "episode_gflops": ("GFLOP an episode", 1, 4),
+    "matmul_share": ("Of the matrix-product rate, %", 0.01, 1),
+    "step_joules": ("Energy of a step, J", 1, 3),
     "train_seconds": ("Training, s", 1, 1),
     "samples_per_step": ("Samples a step", 1, 0),
     "gradients_per_step": ("Gradients a step", 1, 0),
 }
-"""What the leaderboard shows of an entry's costs: head, unit, digits after the point."""
+"""What the leaderboard shows of an entry's costs, where any was measured: head, unit, digits after
+the point."""
+
+NOTHING = pd.Series(dtype=float)
 
 CHARTS: list[dict[str, Any]] = [
     {
@@ -126,12 +134,12 @@ def write(folder: Path) -> list[Path]:
     run = Run(folder)
     found = tables.read(run)
     comparison, notes = _compared(found)
-    rows = comparison.rows if comparison else []
+    rows, overall = (comparison.rows, comparison.overall) if comparison else ([], [])
     command = reproduction(found.sweep) if found.sweep else ""
     name = folder.resolve().name
     documents = {
-        "report.html": page(folder, found, rows, notes),
-        "report.md": paper.markdown(name, found, rows, notes, command),
+        "report.html": page(folder, found, comparison, notes),
+        "report.md": paper.markdown(name, found, rows, overall + notes, command),
         "table.tex": paper.latex(found, rows),
     }
     try:
@@ -179,8 +187,10 @@ def _list(values: Sequence[Any]) -> str:
 # The page
 
 
-def page(folder: Path, found: Tables, rows: Sequence[Row], notes: Sequence[str]) -> str:
+def page(folder: Path, found: Tables, comparison: Comparison | None, notes: Sequence[str]) -> str:
     """A run as one HTML file."""
+    rows, overall = (comparison.rows, comparison.overall) if comparison else ([], [])
+    ranks = comparison.ranks if comparison else None
     tasks = findings.tasks(found.leaderboard)
     style, script = _text("report.css"), _text("report.js")
     sweep = found.sweep
@@ -201,6 +211,8 @@ def page(folder: Path, found: Tables, rows: Sequence[Row], notes: Sequence[str])
         tasks=tasks,
         charts=_charts(found),
         matrices=[_matrix(task, mine) for task in tasks if (mine := findings.pairs(task, rows))],
+        overall=overall,
+        ranks=_picture(ranks.diagram()) if ranks else "",
         comparison_note=" ".join(n for n in notes if not rows or n.startswith("left out")),
         faults=found.faults.to_dict("records"),
         fault_counts=_fault_counts(found.faults),
@@ -297,6 +309,9 @@ def _leaderboard(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
     bounds = {task.setting: _bounds(task) for task in tasks}
     best_first = "ascending" if "accuracy" not in metrics else "descending"
     title = "Score" if len(metrics) != 1 else tasks[0].axis.capitalize()
+    measured = {
+        name: how for name, how in MEASURED.items() if board.get(name, NOTHING).notna().any()
+    }
     columns = [
         Column("Algorithm", text=True),
         Column("Task", text=True),
@@ -307,7 +322,7 @@ def _leaderboard(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
         Column("± over classes"),
         Column("Seeds"),
         *(Column(name.replace("_", " ").capitalize()) for name in settings),
-        *(Column(title) for title, _, _ in MEASURED.values()),
+        *(Column(title) for title, _, _ in measured.values()),
     ]
     rows = []
     for _, row in board.iterrows():
@@ -315,7 +330,7 @@ def _leaderboard(found: Tables, tasks: Sequence[Task]) -> dict[str, Any]:
         cells = [Shown(row["label"], row["label"]), _task_cell(row, board)]
         cells += _score_cells(row, len(metrics) > 1, bounds.get(setting))
         cells += [_setting_cell(row[n], n in differing.get(setting, ())) for n in settings]
-        cells += [_number(row[name] / unit, digits) for name, (_, unit, digits) in MEASURED.items()]
+        cells += [_cost(row, name) for name in measured]
         rows.append({"data": {name: row[name] for name in SETTING}, "cells": cells})
     return {
         "columns": columns,
@@ -383,6 +398,15 @@ def _score_cells(
 def _number(value: float, digits: int) -> Shown:
     """A figure; empty where nothing was measured."""
     return Shown("") if pd.isna(value) else Shown(f"{value:,.{digits}f}", f"{value:.6g}")
+
+
+def _cost(row: pd.Series[Any], name: str) -> Shown:
+    """A median, with the interquartile range of the repeats beside a time."""
+    _, unit, digits = MEASURED[name]
+    shown, spread = _number(row[name] / unit, digits), row.get(f"{name}_iqr")
+    if pd.isna(row[name]) or pd.isna(spread):
+        return shown
+    return replace(shown, text=f"{shown.text} ({spread / unit:,.{digits}f})")
 
 
 # Charts and matrices
@@ -489,6 +513,13 @@ def _difference(task: Task, a: str, b: str, found: dict[tuple[str, str], Row]) -
     }
 
 
+def _picture(figure: Figure) -> str:
+    """A figure as an address that holds all of it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawn.getvalue()).decode()}"
+
+
 # The rest
 
 
@@ -515,7 +546,7 @@ def _settings(board: pd.DataFrame) -> dict[str, Any]:
     """Every setting of every entry; those that nobody changed from nothing are left out."""
     outcomes = {"entry", "label", "metric", "mean", "ci95", *HALF_WIDTHS, "low"}
     outcomes |= {"high", "over", "failed", "seeds", *COSTS, *(f"pareto_{name}" for name in COSTS)}
-    outcomes |= {"algorithm"}
+    outcomes |= {"algorithm", *MEASURED, *(f"{name}_iqr" for name in COSTS)}
     names = [str(n) for n in board if n not in outcomes and board[n].notna().any()]
     return {
         "titles": ["algorithm", *(name.replace("_", " ") for name in names)],

@@ -267,31 +267,56 @@ def hierarchical_difference(
     """
     d = _differences(a, b, 2)
     inside_unit(confidence, "confidence")
+    spread = _crossed(d)
+    mean = float(d.mean())
+    half = spread.wide(spread.seeds, lambda n: _t_quantile(1 - confidence, n))
+    return Difference(
+        Interval(mean, mean - half, mean + half, spread.seeds, "seeds", confidence),
+        p=_level_where(
+            lambda alpha: spread.wide(spread.seeds, lambda n: _t_quantile(alpha, n)) - abs(mean)
+        ),
+        effect=_quotient(mean, math.sqrt(spread.of_one)),
+        seeds=spread.seeds,
+        episodes=spread.episodes,
+    )
+
+
+@dataclass(frozen=True)
+class _Crossed:
+    """What seeds and episodes, crossed, add to the variance of the mean of a table of both.
+
+    Attributes:
+        from_seeds, from_episodes: the two shares.
+        of_one: the variance of one element.
+    """
+
+    seeds: int
+    episodes: int
+    from_seeds: float
+    from_episodes: float
+    of_one: float
+
+    def wide(self, seeds: int, factor: Callable[[int], float]) -> float:
+        """Both shares' standard errors, each times `factor` of its degrees of freedom, together;
+        with so many seeds in place of those there are."""
+        return math.hypot(
+            factor(seeds - 1) * math.sqrt(self.from_seeds * self.seeds / seeds),
+            factor(self.episodes - 1) * math.sqrt(self.from_episodes),
+        )
+
+
+def _crossed(d: Floats) -> _Crossed:
+    """The variance components of d (seeds, episodes)."""
     seeds, episodes = d.shape
     if seeds < 2 or episodes < 2:
         raise ValueError(f"{seeds} seeds of {episodes} episodes: at least 2 of each are needed")
-    mean = float(d.mean())
     of_seed, of_episode = d.mean(axis=1), d.mean(axis=0)
-    residual = d - of_seed[:, None] - of_episode + mean
+    residual = d - of_seed[:, None] - of_episode + float(d.mean())
     noise = float((residual**2).sum()) / ((seeds - 1) * (episodes - 1))
     from_seeds = float(of_seed.var(ddof=1)) / seeds
     from_episodes = max(float(of_episode.var(ddof=1)) / episodes - noise / d.size, 0.0)
     of_one = max(seeds * from_seeds - noise / episodes, 0.0) + episodes * from_episodes + noise
-
-    def half_width(alpha: float) -> float:
-        return math.hypot(
-            _t_quantile(alpha, seeds - 1) * math.sqrt(from_seeds),
-            _t_quantile(alpha, episodes - 1) * math.sqrt(from_episodes),
-        )
-
-    half = half_width(1 - confidence)
-    return Difference(
-        Interval(mean, mean - half, mean + half, seeds, "seeds", confidence),
-        p=_level_where(lambda alpha: half_width(alpha) - abs(mean)),
-        effect=_quotient(mean, math.sqrt(of_one)),
-        seeds=seeds,
-        episodes=episodes,
-    )
+    return _Crossed(seeds, episodes, from_seeds, from_episodes, of_one)
 
 
 def resolvable_difference(
@@ -304,8 +329,6 @@ def resolvable_difference(
     Analysis, minimum detectable difference).
     """
     d = finite(differences, "differences")
-    inside_unit(power, "power")
-    inside_unit(alpha, "alpha")
     return _resolvable(_deviation(d), d.size, power, alpha)
 
 
@@ -314,19 +337,46 @@ def episodes_to_resolve(
 ) -> int:
     """The fewest episodes whose `resolvable_difference` is at most `target` (in the same units)."""
     deviation = _deviation(finite(differences, "differences"))
-    inside_unit(power, "power")
-    inside_unit(alpha, "alpha")
+    return _fewest(lambda episodes: _resolvable(deviation, episodes, power, alpha), target)
+
+
+def resolvable_over_seeds(
+    differences: npt.ArrayLike, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """The same for algorithms trained again: `differences` (seeds, episodes), two of each or more.
+
+    Seeds and the episodes that all of them share are the two sources of `hierarchical_difference`,
+    each with its own t quantiles.
+    """
+    spread = _crossed(finite(differences, "differences", 2))
+    return spread.wide(spread.seeds, _detecting(power, alpha))
+
+
+def seeds_to_resolve(
+    differences: npt.ArrayLike, target: float, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """The fewest seeds, on as many episodes, whose `resolvable_over_seeds` is at most `target`.
+
+    Infinite where no number is enough, or next to none: more seeds do not average out what the
+    episodes add, which all of them share.
+    """
+    spread = _crossed(finite(differences, "differences", 2))
+    factor = _detecting(power, alpha)
+    shared = factor(spread.episodes - 1) * math.sqrt(spread.from_episodes)
+    if shared >= 0.99 * target > 0:
+        return math.inf
+    return _fewest(lambda seeds: spread.wide(seeds, factor), target)
+
+
+def _fewest(resolvable: Callable[[int], float], target: float) -> int:
+    """The fewest (from 2) at which `resolvable`, which falls, is at most `target`."""
     if not target > 0:
         raise ValueError(f"target is {target}, not positive")
-
-    def enough(episodes: int) -> bool:
-        return _resolvable(deviation, episodes, power, alpha) <= target
-
     most = 2
-    while not enough(most):
+    while resolvable(most) > target:
         most *= 2
     candidates = range(2, most + 1)
-    return candidates[bisect_left(candidates, True, key=enough)]
+    return candidates[bisect_left(candidates, True, key=lambda n: resolvable(n) <= target)]
 
 
 # Margins set beforehand
@@ -452,8 +502,14 @@ def _level_where(excess: Callable[[float], float]) -> float:
 
 
 def _resolvable(deviation: float, episodes: int, power: float, alpha: float) -> float:
-    quantiles = _t_quantile(alpha, episodes - 1) + _t_quantile(2 * (1 - power), episodes - 1)
-    return quantiles * deviation / math.sqrt(episodes)
+    return _detecting(power, alpha)(episodes - 1) * deviation / math.sqrt(episodes)
+
+
+def _detecting(power: float, alpha: float) -> Callable[[int], float]:
+    """By degrees of freedom, how many standard errors a mean has to be from 0 to be found."""
+    inside_unit(power, "power")
+    inside_unit(alpha, "alpha")
+    return lambda freedom: _t_quantile(alpha, freedom) + _t_quantile(2 * (1 - power), freedom)
 
 
 def _margin_test(d: Floats, margin: float, alpha: float, two_sided: bool) -> MarginTest:

@@ -29,7 +29,7 @@ def test_no_tensor_is_left_by_an_iteration_even_before_a_collection(name: str) -
             algorithm.meta_backward(batch)
             algorithm.evaluate(batch, 2)
         before = live_tensors()
-        for _ in range(50):
+        for _ in range(20):
             algorithm.meta_backward(batch)
             algorithm.evaluate(batch, 2)
         assert live_tensors() <= before

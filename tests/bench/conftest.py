@@ -1,10 +1,14 @@
 """Cells and commands that take a second or two."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import datasets
+from bench import measure
 from bench.cli import main
 from bench.plugins import load_plugin
 from bench.sweep import Cell, Sweep
@@ -39,11 +43,45 @@ def cell() -> Cell:
     return only
 
 
+class _Here:
+    """What measures a cell in this process, spoken to as if it were in one of its own."""
+
+    def __init__(self, cell: Cell, root: Path | None) -> None:
+        source = datasets.get(cell.dataset)(root=root).load("train").to(cell.device)
+        self.subject = measure.Subject(cell, source)
+
+    def send(self, question: tuple[Any, ...]) -> None:
+        name, *arguments = question
+        self.answer = ("done", getattr(self.subject, name)(*arguments))
+
+    def poll(self, seconds: float) -> bool:
+        return True
+
+    def recv(self) -> tuple[str, Any]:
+        return self.answer
+
+
+@contextmanager
+def measured_here(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_Here]:
+    """In place of `measure._subject`."""
+    yield _Here(cell, root)
+
+
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable:
+def fresh_processes() -> None:
+    """Asked for by a test whose commands shall measure each cell in a process of its own, as they
+    do for users; others are spared the seconds that such a process takes to start."""
+
+
+@pytest.fixture
+def bench(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> Callable:
     """Run a command in an empty folder: its exit status, what it printed, and its errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    if "fresh_processes" not in request.fixturenames:
+        monkeypatch.setattr(measure, "_subject", measured_here)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         status = main(arguments)

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import io
 import os
 import re
 import signal
@@ -10,9 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
+from bench import measure
+from bench.cli import main
+from bench.progress import summary_table
 from bench.store import SUMMARY_COLUMNS, Run
-from tests.bench.conftest import QUICK, TINY
+from tests.bench.conftest import QUICK, TINY, measured_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,8 +86,29 @@ def test_a_swept_hyperparameter_tells_rows_apart_everywhere(bench, tmp_path: Pat
     assert len(set(sessions)) == 2
 
 
+def test_the_table_shows_what_is_unlike_in_80_columns() -> None:
+    settings = {"dataset": "glyphs", "ways": 5, "shots": 1, "seed": 0, "test_shots": 5}
+    settings |= {"meta_batch": 4, "iterations": 150, "episodes": 200, "protocol": "independent"}
+    settings |= {"norm": "transductive", "engine": "batched", "device": "cpu"}
+    scored = {"status": "complete", "metric": "accuracy", "mean": 0.666, "ci95": 0.017}
+    costs = {"step_ms": 1186.6, "step_ms_iqr": 84.4, "eval_ms_per_episode": 6.03}
+    costs |= {"eval_ms_per_episode_iqr": 0.456, "peak_memory_bytes": 118 * 2**20}
+    rows = [
+        settings | scored | costs | {"algorithm": name, "train_shots": shots}
+        for name, shots in (("maml", 1), ("reptile", 10))
+    ]
+    own = {"inner_steps": [1, 5], "eval_steps": [3, 5]}
+    printed = io.StringIO()
+    summary = pd.DataFrame(rows).assign(**own)
+    Console(file=printed, width=80).print(summary_table(summary))
+    lines = [" ".join(line.split()) for line in printed.getvalue().splitlines()]
+    assert "maml glyphs 5w1s 1 1 3 66.6 ± 1.7% 1187 (84) 6.03 (0.46) 118" in lines
+    assert "reptile glyphs 5w1s 10 5 5 66.6 ± 1.7% 1187 (84) 6.03 (0.46) 118" in lines
+    assert "algorithm episodes of shots steps steps score ms ms MiB" in lines
+
+
 def test_algorithms_are_scored_on_the_same_episodes_and_timed_in_turns(
-    bench, tmp_path: Path
+    bench, fresh_processes, tmp_path: Path
 ) -> None:
     bench("run", "--algos", "maml,fomaml", *QUICK, "--out", "r")
     run = Run(tmp_path / "r")
@@ -148,19 +174,21 @@ LONG_ENOUGH_TO_CUT = ("run", "--algos", "maml", *QUICK, "--iterations", "400")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(*LONG_ENOUGH_TO_CUT, "--out", "whole", cwd=folder).wait() == 0
-    return folder / "whole"
+    folder = tmp_path_factory.mktemp("undisturbed") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_subject", measured_here)
+        assert main([*LONG_ENOUGH_TO_CUT, "--out", str(folder)]) == 0
+    return folder
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-    tmp_path: Path, undisturbed: Path, stop: int
+    bench, tmp_path: Path, undisturbed: Path, stop: int
 ) -> None:
     arguments = LONG_ENOUGH_TO_CUT
     process = start(*arguments, "--out", "cut", cwd=tmp_path)
     cells = tmp_path / "cut" / "cells"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not list(cells.glob(".*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(stop)
@@ -168,7 +196,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert process.returncode == 130
     assert "the same command goes on from here" in out
     assert not Run(tmp_path / "cut").records()
-    assert start(*arguments, "--out", "cut", cwd=tmp_path).wait() == 0
+    assert bench(*arguments, "--out", "cut")[0] == 0
     (whole,), (cut,) = Run(undisturbed).records(), Run(tmp_path / "cut").records()
     assert cut.figures["mean"] == whole.figures["mean"]
     for name in ("episodes.parquet", "checkpoint.safetensors"):
@@ -229,6 +257,12 @@ def test_lists_name_everything(bench, kind: str) -> None:
     expected = ("maml", "fomaml", "reptile", "anil")
     for name in expected if kind == "algorithms" else ("glyphs", "omniglot", "sinusoid"):
         assert name in out
+
+
+def test_no_arguments_are_answered_with_help_alone(bench) -> None:
+    status, out, err = bench()
+    assert (status, err) == (2, "")
+    assert "Start with: python -m bench run" in out
 
 
 def test_help_teaches(bench) -> None:

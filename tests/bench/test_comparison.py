@@ -126,6 +126,8 @@ def test_p_values_are_corrected_over_the_whole_table(tmp_path: Path) -> None:
     smallest = table["p"].min()
     assert table.loc[table["p"].idxmin(), "p_holm"] == pytest.approx(min(3 * smallest, 1))
     assert table["p_holm"].ge(table["p"]).all()
+    for test in ("p_wilcoxon", "p_permutation"):
+        assert table[f"{test}_holm"].min() == pytest.approx(min(3 * table[test].min(), 1))
 
 
 def test_two_seeds_give_an_interval_over_seeds(tmp_path: Path) -> None:
@@ -141,6 +143,18 @@ def test_two_seeds_give_an_interval_over_seeds(tmp_path: Path) -> None:
     half = stats.t.ppf(0.975, 2) * 0.01 / 3**0.5
     assert (row.low, row.high) == pytest.approx((-0.11 - half, -0.11 + half))
     assert "over 3 seeds" in row.sentence()
+
+
+def test_what_seeds_can_resolve_allows_for_the_episodes_they_share(tmp_path: Path) -> None:
+    """Where the episodes are all that varies, more seeds resolve no more."""
+    base, other = scores_of(0.6), scores_of(0.6)
+    for seed in (0, 1, 2):
+        put(tmp_path, cell_of("maml", seeds=[seed]), base)
+        put(tmp_path, cell_of("anil", seeds=[seed]), other)
+    (row,) = compare([tmp_path]).rows
+    assert row.resolvable > row.high - row.difference
+    assert row.enough_for_half == np.inf
+    assert "on 100 episodes, and without more of them not half of it" in row.sentence()
 
 
 def test_cells_that_met_other_episodes_are_never_paired(tmp_path: Path) -> None:
@@ -242,7 +256,60 @@ def test_two_algorithms_are_not_ranked(tmp_path: Path) -> None:
     for shots in (1, 5):
         for algorithm in ("maml", "anil"):
             put(tmp_path, cell_of(algorithm, shots=[shots]), scores_of(0.8))
-    assert compare([tmp_path]).ranks is None
+    found = compare([tmp_path])
+    assert (found.ranks, found.aggregate) == (None, None)
+
+
+def test_ranks_name_the_settings_that_are_unlike(tmp_path: Path) -> None:
+    for shots in (1, 5):
+        for algorithm, steps in (("maml", 1), ("anil", 1), ("reptile", 5)):
+            cell = cell_of(algorithm, shots=[shots], inner_steps=steps)
+            put(tmp_path, cell, scores_of(0.8))
+    found = compare([tmp_path])
+    assert "inner_steps" in found.ranks.unlike
+    assert "inner_steps" in found.ranks.sentence()
+    assert "unlike: " in found.ranks.diagram().axes[0].get_title()
+
+
+def test_seeds_and_settings_come_to_one_figure_an_algorithm(tmp_path: Path) -> None:
+    """Every run of maml beats every one of anil in one setting, half of them in the other."""
+    means = {
+        ("maml", 1): (0.9, 0.8),
+        ("anil", 1): (0.5, 0.6),
+        ("maml", 5): (0.7, 0.9),
+        ("anil", 5): (0.8, 0.8),
+    }
+    for (algorithm, shots), of_seeds in means.items():
+        for seed, mean in enumerate(of_seeds):
+            scores = np.where(np.arange(100) % 2, mean - 0.05, mean + 0.05)
+            put(tmp_path, cell_of(algorithm, shots=[shots], seeds=[seed]), scores)
+    comparison = compare([tmp_path])
+    found = comparison.aggregate
+    assert (found.settings, found.seeds, found.leader) == (2, 2, "maml")
+    assert found.middle["maml"].estimate == pytest.approx((0.8 + 0.9) / 2)
+    assert found.middle["anil"].estimate == pytest.approx((0.6 + 0.8) / 2)
+    assert found.improvement["anil"].estimate == 0.75
+    middle, better = found.sentences()
+    assert "interquartile mean over 2 settings and 2 seeds" in middle
+    assert "maml 85.0% [" in middle
+    assert "other seeds" in middle
+    assert "a run of maml beats one of another over 2 settings and 2 seeds: anil 0.75 [" in better
+    written = comparison.write(tmp_path)
+    assert [path.name for path in written] == ["comparison.csv", "aggregate.csv"]
+    assert pd.read_csv(written[1])["statistic"].tolist() == [
+        *("interquartile_mean", "interquartile_mean", "probability_of_improvement")
+    ]
+
+
+def test_errors_are_not_averaged_over_settings(tmp_path: Path) -> None:
+    for shots in (5, 10):
+        for algorithm, error in (("maml", 1.0), ("anil", 2.0)):
+            for seed in (0, 1):
+                cell = cell_of(algorithm, datasets=["sinusoid"], shots=[shots], seeds=[seed])
+                put(tmp_path, cell, scores_of(error), metric="mse")
+    found = compare([tmp_path]).aggregate
+    assert (found.middle, found.leader) == ({}, "maml")
+    assert found.improvement["anil"].estimate == 1
 
 
 def test_the_command_says_and_writes_what_a_real_run_shows(bench, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_peak_memory_is_the_allocators() -> None:
     assert meter.stop()["peak_bytes"] >= held.numel() * 4
 
 
-def test_a_sweep_over_both_devices(bench, tmp_path: Path) -> None:
+def test_a_sweep_over_both_devices(bench, fresh_processes, tmp_path: Path) -> None:
     status, out, _ = bench(
         "run", "--algos", "maml", *QUICK, "--devices", "cpu,cuda:0", "--out", "r"
     )

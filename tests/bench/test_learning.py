@@ -71,8 +71,8 @@ def test_maml_learns_to_tell_new_omniglot_characters_apart(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "reptile", "boil", "protonet"])
 def test_every_algorithm_learns_glyphs_it_has_not_seen(name: str, tmp_path: Path) -> None:
-    cell = only_cell(algos=[name], iterations=40)
+    cell = only_cell(algos=[name], iterations=30)
     dataset = datasets.get("glyphs")()
     algorithm, _ = train(cell, dataset.load("train"), None, tmp_path / "state")
-    scores = evaluate(algorithm, dataset.load("test"), cell.test_spec, 60, cell.eval_steps)
+    scores = evaluate(algorithm, dataset.load("test"), cell.test_spec, 40, cell.eval_steps)
     assert after_last_step(scores).mean() > 0.4

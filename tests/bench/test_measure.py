@@ -1,5 +1,8 @@
 """Measurements are of what they say: repeats in turns, in processes of their own."""
 
+import mmap
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -141,6 +144,26 @@ def test_peak_memory_is_what_the_work_took() -> None:
     assert again is None or again < 64 * 2**20  # the earlier peak is forgotten, or not quoted
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells them apart")
+def test_pages_of_files_that_come_and_go_are_not_counted(tmp_path: Path) -> None:
+    size = 128 * 2**20
+    (tmp_path / "library").write_bytes(bytes(size))
+    with (tmp_path / "library").open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    read = sum(pages[:: mmap.PAGESIZE])  # there when the meter is made
+    meter = measure.Meter()
+    pages.madvise(mmap.MADV_DONTNEED)  # and dropped
+    meter.start()
+    held = torch.ones(size // 8)
+    peak = meter.stop()["peak_bytes"]
+    assert size / 2 - 2**20 < peak < size / 2 + 32 * 2**20
+    meter.start()
+    read += sum(pages[:: mmap.PAGESIZE])  # and read back
+    assert meter.stop()["peak_bytes"] < size / 2 + 32 * 2**20
+    assert (read, held.sum()) == (0, size // 8)
+    pages.close()
+
+
 def test_a_cells_memory_owes_nothing_to_the_process_that_started_it(cell: Cell) -> None:
     held = torch.ones(512 * 2**20 // 4)  # half a gibibyte, here in the parent
     (found,) = measure.measure([cell], plugin=TINY)
@@ -150,8 +173,21 @@ def test_a_cells_memory_owes_nothing_to_the_process_that_started_it(cell: Cell) 
 def test_what_was_not_measured_is_left_out() -> None:
     rows = [(phase, 0.1, None, 1e9) for phase in measure.PHASES]
     found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
-    expected = {"step_ms", "eval_ms_per_episode", "step_gflops", "matmul_share"}
-    assert measure.headline(found).keys() == expected
+    times = {"step_ms", "step_ms_iqr", "eval_ms_per_episode", "eval_ms_per_episode_iqr"}
+    assert measure.headline(found).keys() == times | {
+        *("step_gflops", "episode_gflops", "matmul_share")
+    }
+
+
+def test_a_time_is_quoted_as_its_median_and_spread() -> None:
+    """Quartiles of 1 .. 7 are 2.5 and 5.5; one stray repeat moves neither."""
+    seconds = [3.0, 1.0, 2.0, 700.0, 5.0, 6.0, 4.0]
+    rows = [(phase, s, None, 1e9) for phase in measure.PHASES for s in seconds]
+    found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
+    figures = measure.headline(found)
+    assert (figures["step_ms"], figures["step_ms_iqr"]) == (4000, 3000)
+    each = figures["eval_ms_per_episode"], figures["eval_ms_per_episode_iqr"]
+    assert each == (4000 / measure.EPISODES, 3000 / measure.EPISODES)
 
 
 def test_a_measuring_process_that_fails_is_a_failed_cell(cell: Cell) -> None:

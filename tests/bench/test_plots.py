@@ -29,10 +29,21 @@ def test_one_seed_gives_the_interval_over_episodes() -> None:
 
 def test_several_seeds_give_students_interval_over_them() -> None:
     found, meaning = plots.intervals(ROWS)
-    assert meaning == "over 3 seeds"
+    assert meaning == "over 3 seeds (the algorithm, trained again)"
     maml = found[(found["algorithm"] == "maml") & (found["shots"] == 1)].iloc[0]
     assert maml["mean"] == pytest.approx(0.81)
     assert maml["ci95"] == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
+
+
+def test_devices_are_never_taken_for_seeds() -> None:
+    both = pd.concat([ROWS, ROWS.assign(device="cuda:0", mean=0.4)])
+    found, meaning = plots.intervals(both)
+    assert "over 3 seeds" in meaning
+    assert len(found) == 8
+    figure = plots.accuracy(both)
+    assert [axis.get_title() for axis in figure.axes] == [
+        *("glyphs on cpu, 5-way", "glyphs on cuda:0, 5-way")
+    ]
 
 
 def test_every_algorithm_and_shot_is_drawn_at_its_mean() -> None:

@@ -229,7 +229,7 @@ def test_bad_input_ends_in_one_line(bench, tmp_path: Path, arguments, message) -
     assert err.count("\n") == 1
 
 
-def test_a_real_run_holds_against_itself(bench) -> None:
+def test_a_real_run_holds_against_itself(bench, fresh_processes) -> None:
     bench("run", "--algos", "maml", *QUICK, "--out", "r")
     status, out, err = bench("check", "r", "--baseline", "r")
     assert (status, err) == (0, "")

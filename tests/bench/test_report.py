@@ -252,6 +252,7 @@ def test_markdown_and_latex_say_which_interval_and_hide_no_difference(run: Run) 
     assert "over 2 seeds" in markdown
     assert f"over {EPISODES} episodes" in markdown
     assert "| train shots |" in markdown
+    assert "| samples a step | gradients a step |" in markdown
     assert r"re\_ptile\|&lt;b&gt;" in markdown
     latex = (run.folder / "table.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
@@ -320,6 +321,38 @@ def test_the_page_asks_the_network_for_nothing(run: Run) -> None:
     assert "default-src 'none'" in policy[1].replace("&#39;", "'")
     assert "unsafe-eval" not in policy[1]
     assert "http" not in policy[1]
+
+
+def test_what_all_tasks_say_together_stands_in_every_document(run: Run) -> None:
+    for algorithm in LEVELS:  # a third setting, so that three algorithms are ranked over three
+        for seed in (0, 1):
+            add(run, cell_of(algorithm, seed, ways=10), level=0.5)
+    shutil.rmtree(run.cells / cell_of("maml", dataset="sinusoid", shots=10).id)
+    shutil.rmtree(run.cells / cell_of("anil", dataset="sinusoid", shots=10).id)
+    report.write(run.folder)
+    page = (run.folder / "report.html").read_text()
+    markdown = (run.folder / "report.md").read_text()
+    for text in (page, markdown):
+        assert "mean ranks over 3 settings" in text
+        assert "interquartile mean over 3 settings and 2 seeds" in text
+    assert '<img class="ranks" src="data:image/svg+xml;base64,' in page
+
+
+def test_a_time_stands_beside_its_spread(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir()
+    add(run, cell_of("maml"))
+    (record,) = run.records()
+    path = run.cells / record.cell.id / "cell.json"
+    written = json.loads(path.read_text())
+    written["figures"] |= {"step_ms_iqr": 1.234, "matmul_share": 0.25}
+    path.write_text(json.dumps(written))
+    report.write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert f">{record.figures['step_ms']:.1f} (1.2)</td>" in page
+    assert ">25.0</td>" in page
+    assert "Energy of a step" not in page  # measured nowhere
+    assert f"{record.figures['step_ms']:.1f} (1.2) |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_run_with_nothing_complete_has_a_report(tmp_path: Path) -> None:

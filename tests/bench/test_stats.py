@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
 
 from bench import rankings, stats
 
@@ -374,6 +375,41 @@ def test_a_resolvable_difference_is_found_as_often_as_promised():
     assert 0.77 <= share(interval.low > 0 for interval in found) <= 0.83
 
 
+def test_what_seeds_resolve_is_that_of_the_source_that_varies():
+    of_seed, of_episode = np.array([1.0, 2.0, 6.0, 4.0]), np.array([0.0, 1.0, 2.0, 5.0, 7.0])
+    seeds_vary, episodes_vary = np.tile(of_seed[:, None], 5), np.tile(of_episode, (4, 1))
+    for table, sample in ((seeds_vary, of_seed), (episodes_vary, of_episode)):
+        alone = stats.resolvable_difference(sample)
+        assert stats.resolvable_over_seeds(table) == pytest.approx(alone)
+    both = stats.resolvable_over_seeds(seeds_vary + episodes_vary)
+    alone = [stats.resolvable_difference(sample) for sample in (of_seed, of_episode)]
+    assert both == pytest.approx(math.hypot(*alone))
+
+
+def test_more_seeds_resolve_more_as_far_as_the_episodes_allow():
+    of_seed, of_episode = np.array([1.0, 2.0, 6.0, 4.0]), np.array([0.0, 1.0, 2.0, 5.0, 7.0])
+    seeds_vary = np.tile(of_seed[:, None], 5)
+    wanted = stats.resolvable_difference(of_seed) / 2
+    assert stats.seeds_to_resolve(seeds_vary, wanted) == stats.episodes_to_resolve(of_seed, wanted)
+    table = seeds_vary + of_episode
+    limit = stats.resolvable_difference(of_episode)
+    assert stats.seeds_to_resolve(table, 0.9 * limit) == math.inf
+    needed = stats.seeds_to_resolve(table, 1.2 * limit)
+    assert 4 < needed < math.inf
+    assert stats.seeds_to_resolve(table, stats.resolvable_over_seeds(table)) == 4
+
+
+@pytest.mark.parametrize("seed_share", [0.1, 0.9])
+def test_what_seeds_resolve_is_found_about_as_often_as_promised(seed_share):
+    """A plug-in of the true variances is not at hand: the studies' own median stands for it."""
+    generator = np.random.default_rng(0)
+    studies = [crossed(generator, 10, 50, seed_share, symmetric) for _ in range(STUDIES)]
+    true = float(np.median([stats.resolvable_over_seeds(d) for d in studies]))
+    zeros = np.zeros((10, 50))
+    found = share(stats.hierarchical_difference(d + true, zeros).interval.low > 0 for d in studies)
+    assert 0.74 <= found <= 0.86
+
+
 def test_differences_that_do_not_vary_resolve_anything():
     assert stats.resolvable_difference([0.1, 0.1]) == 0
     assert stats.episodes_to_resolve([0.1, 0.1], 0.001) == 2
@@ -493,6 +529,12 @@ def test_a_ratio_needs_positive_values():
 def test_holm_on_a_worked_example():
     """Wikipedia, "Holm-Bonferroni method": at 0.05 the first and the last are rejected."""
     assert rankings.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_is_statsmodels():
+    p = np.random.default_rng(0).random(30) ** 3
+    p[3] = p[7]
+    assert rankings.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
 
 
 @few
