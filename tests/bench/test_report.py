@@ -436,6 +436,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(browser, troubled: Path) -> Iterator[Any]:
     """The report, open, and quiet to the end."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(120_000)  # for machines that are busy with more than this
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
