@@ -7,7 +7,7 @@ import tomli_w
 
 import algorithms
 from bench.errors import BenchError
-from bench.sweep import Sweep, names, read_sweep, stream_seed, tomllib
+from bench.sweep import Cell, Sweep, names, read_sweep, stream_seed, tomllib
 
 
 def cells(**asked):
