@@ -9,13 +9,15 @@ ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench gpu-check clean
+.PHONY: help venv demo test check bench soak many-cells gpu-check clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
 	@echo "make test   the checks and the tests"
 	@echo "make check  ruff and mypy alone"
 	@echo "make bench  the speed benchmarks"
+	@echo "make soak   20,000 meta-iterations, and what grows meanwhile"
+	@echo "make many-cells   how long a run of 5,000 cells takes to read"
 	@echo "make venv   the environment alone, in .venv"
 
 venv: .venv/ready
@@ -41,6 +43,15 @@ bench: venv
 	$(BIN)/python -m pytest tests/performance/bench_costs.py --benchmark-only \
 		--benchmark-storage=file://$(abspath $(BENCH_STORAGE)) --benchmark-autosave \
 		--benchmark-compare --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+
+soak: venv
+	nice -n 5 $(BIN)/python -m tests.performance.soak --engine batched --iterations 20000
+	nice -n 5 $(BIN)/python -m tests.performance.soak --engine higher --iterations 20000
+
+# Folders of synthetic results, 300 MB, that are kept for the next time.
+many-cells: venv
+	$(BIN)/python -m tests.performance.many_cells build/many-cells/wide --shape wide
+	$(BIN)/python -m tests.performance.many_cells build/many-cells/swept --shape swept
 
 gpu-check: venv
 	$(BIN)/python -m pytest -m gpu -rs

@@ -172,16 +172,16 @@ def run(
     team = distributed.join()
     if team.rank:
         return runner.follow(sources, team)
+    folder = out or runner.default_folder(cells)
     with distributed.led(team):
         with console.status("reading the data and checking gradients"):
-            runner.check(cells, sources, team.size)
+            runner.check(runner.left(cells, folder), sources, team.size)
         for note in sweep.notes():
             console.print(note)
         if dry_run:
             with console.status("timing a few steps of each kind of cell"):
                 seconds = runner.estimate_seconds(cells, sources)
             return _print_plan(cells, seconds, console)
-        folder = out or runner.default_folder(cells)
         try:
             display = Display(console)
             summary = runner.run(sweep, cells, sources, folder, display, accept_changed_code, team)

@@ -53,6 +53,8 @@ TUNED = frozenset(
 """Settings that each algorithm has a right to its own of, unless they were swept; any other that
 two entrants do not share is named beside their difference."""
 MEASURED = ("phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session")
+MOST_LEFT_OUT = 10
+"""Pairs that are named where they cannot be compared for the same reason."""
 COUNTS = ("samples_per_step", "gradients_per_step")
 """What other settings come to."""
 RESOLUTION: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
@@ -485,7 +487,13 @@ def _pair_up(
             dataset, ways, shots = a.place
             key = f"on {dataset} {ways}-way {shots}-shot, {obstacle}"
             obstacles.setdefault(key, []).append(f"{names[a]} and {names[b]}")
-    return pairs, [f"left out: {'; '.join(who)} {why}" for why, who in obstacles.items()]
+    return pairs, [f"left out: {_some(who)} {why}" for why, who in obstacles.items()]
+
+
+def _some(who: Sequence[str]) -> str:
+    """The first of many pairs, and how many more there are."""
+    more = [f"{len(who) - MOST_LEFT_OUT:,} more pairs"] if len(who) > MOST_LEFT_OUT else []
+    return "; ".join([*who[:MOST_LEFT_OUT], *more])
 
 
 def _neighbours(field: Sequence[Entrant]) -> Iterator[tuple[Entrant, Entrant]]:

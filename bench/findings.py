@@ -11,6 +11,9 @@ import pandas as pd
 from bench.comparison import Row
 from bench.tables import SETTING, unlike
 
+MOST_NAMED = 12
+"""Entries that a verdict names: a sweep may have hundreds."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -111,12 +114,18 @@ def verdict(task: Task, rows: Sequence[Row]) -> Verdict:
     ]
     lines = []
     if beaten:
-        lines.append(f"Better than {listed(beaten)}.")
+        lines.append(f"Better than {listed(_few(beaten))}.")
     if level:
-        lines.append(f"Not told apart from {listed(level)}.")
+        lines.append(f"Not told apart from {listed(_few(level))}.")
     for names in unlike(task.rows).values():
         lines.append(f"Unlike settings: {listed(names)} differ.")
     return Verdict(task.name, best, headline(first), lines)
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    """The first of many names, and how many others there are."""
+    others = len(names) - MOST_NAMED
+    return [*names[:MOST_NAMED], f"{others} others"] if others > 1 else list(names)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -45,6 +45,8 @@ OVERS = {
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MOST_TICKS = 8
 """Swept values that are written at an axis, each where it is; for more, round numbers are."""
+MOST_DRAWN = 20
+"""Entries of a task that a figure shows, the best: of hundreds none could be told apart."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "*")
 
 
@@ -171,9 +173,10 @@ def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
 
 def draw_tables(tables: Tables, folder: Path) -> list[Path]:
     """Draw a report's figures; the paths of what was drawn, none where nothing is complete."""
-    board = tables.leaderboard[tables.leaderboard["seeds"] > 0]
-    if board.empty:
+    everybody = tables.leaderboard[tables.leaderboard["seeds"] > 0]
+    if everybody.empty:
         return []
+    board = everybody.groupby(["dataset", "ways", "shots", "device"], sort=False).head(MOST_DRAWN)
     half = (board["high"] - board["low"]) / 2
     scores = board.assign(algorithm=board["label"], ci95=half)
     overs = set(board["over"])
@@ -187,9 +190,12 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
         "memory": cost(board, "peak_memory_bytes", meaning),
     }
     if len(tables.sensitivity):
-        figures["sensitivity"] = sensitivity(board, tables.sensitivity, meaning)
+        figures["sensitivity"] = sensitivity(everybody, tables.sensitivity, meaning)
     if len(tables.growth):
         figures["memory_steps"] = growth(board, tables.growth)
+    if len(board) < len(everybody):
+        for name in figures.keys() - {"sensitivity"}:
+            figures[name].suptitle(f"the {MOST_DRAWN} best of each task", fontsize="small")
     return [path for name, figure in figures.items() for path in save(figure, folder / name)]
 
 

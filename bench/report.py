@@ -40,6 +40,10 @@ from bench.store import Run
 from bench.sweep import Sweep
 from bench.tables import FAIRNESS, SETTING, Tables
 
+MOST_PAIRED = 25
+"""Entries of a task, best first, whose differences the page shows: those of a hundred are five
+thousand, more than anyone reads, and comparison.csv has them all."""
+
 HALF_WIDTHS = ("ci_seeds", "ci_episodes", "ci95_classes")
 """Of an entry's intervals, as the leaderboard shows them."""
 
@@ -475,7 +479,10 @@ def _short(value: float) -> float | None:
 
 def _matrix(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
     """The differences of a task's entries, row minus column."""
-    names = task.rows["label"].tolist()
+    everybody = task.rows["label"].tolist()
+    names = everybody[:MOST_PAIRED]
+    shown = set(names)
+    rows = [row for row in rows if {row.algorithm_a, row.algorithm_b} <= shown]
     found = {(row.algorithm_a, row.algorithm_b): row for row in rows}
     overs = sorted({f"over {getattr(row, row.over)} {row.over}" for row in rows})
     return {
@@ -487,6 +494,7 @@ def _matrix(task: Task, rows: Sequence[Row]) -> dict[str, Any]:
         "over": " or ".join(overs),
         "unlike": any(row.unlike for row in rows),
         "labels": names,
+        "entries": len(everybody),
         "rows": [
             {"label": a, "cells": [_difference(task, a, b, found) for b in names]} for a in names
         ],

@@ -71,6 +71,12 @@ def default_folder(cells: list[Cell]) -> Path:
     return Path("results") / f"run-{digest[:8]}"
 
 
+def left(cells: list[Cell], folder: Path) -> list[Cell]:
+    """The cells that are not complete in a run's folder."""
+    complete = {record.cell.id for record in Run(folder).records()}
+    return [cell for cell in cells if cell.id not in complete]
+
+
 def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
     """Find out what cannot work before anything is written.
 
@@ -79,7 +85,7 @@ def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
     """
     for device in {cell.device for cell in cells}:
         check_device(device)
-    for cell in cells:
+    for cell in {cell.seedless_id: cell for cell in cells}.values():
         precision = cell.hyperparameters.get("precision", "float32")
         if precision != "float32" and not cell.device.startswith("cuda"):
             raise BenchError(f"precision {precision} is for NVIDIA GPUs, not for {cell.device}")

@@ -7,7 +7,7 @@ import tomli_w
 
 import algorithms
 from bench.errors import BenchError
-from bench.sweep import Sweep, names, read_sweep, stream_seed, tomllib
+from bench.sweep import Cell, Sweep, names, read_sweep, stream_seed, tomllib
 
 
 def cells(**asked):
@@ -174,3 +174,13 @@ def test_gradients_of_a_meta_step_count_the_inner_steps_that_are_taken() -> None
     maml, pretrained = cells(algos="maml,pretrained", inner_steps=3, meta_batch=10)
     assert maml.gradients_per_step == 40
     assert pretrained.gradients_per_step == 10
+
+
+def test_a_copy_with_other_settings_has_ids_of_its_own(cell: Cell) -> None:
+    first = (cell.id, cell.seedless_id)
+    other = cell.model_copy(update={"seed": cell.seed + 1})
+    assert other.id != first[0]
+    assert other.seedless_id == first[1]
+    longer = cell.model_copy(update={"iterations": cell.iterations + 1})
+    assert longer.seedless_id != first[1]
+    assert (cell.model_copy().id, cell.model_copy().seedless_id) == first
