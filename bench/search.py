@@ -23,7 +23,8 @@ import tomli_w
 
 from bench.errors import BenchError, CellError
 from bench.files import whole, write_text
-from bench.runner import Sources, check_device, check_gradient, interruptible
+from bench.making import Sources, check_gradient
+from bench.runner import check_device, interruptible
 from bench.store import source_hash, to_json
 from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
 from bench.training import Progress, build, train

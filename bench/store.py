@@ -45,6 +45,7 @@ SUMMARY_COLUMNS = (
         "step_joules",
         "gradient_error",
         "sample_reuse",
+        "diverged_at",
     ),
 )
 
@@ -106,6 +107,20 @@ class Run:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def note_trained(self, cell: Cell, source: str, figures: dict[str, Any]) -> None:
+        """Note the figures of the cell in its workplace, which has only to be measured."""
+        noted = {"source": source, "figures": figures}
+        write_text(self.workplace(cell) / "trained.json", to_json(noted))
+
+    def trained(self, cell: Cell, source: str) -> dict[str, Any] | None:
+        """What :meth:`note_trained` noted; None where it did not, or not of this source."""
+        try:
+            noted = json.loads((self.workplace(cell) / "trained.json").read_text(encoding="utf-8"))
+            figures: dict[str, Any] = noted["figures"]
+            return figures if noted["source"] == source else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def complete(self, cell: Cell, source: str, figures: dict[str, Any]) -> Record:
         """Make the cell in its workplace one of the run's results."""
         record = Record(cell, source, figures)
@@ -121,10 +136,18 @@ class Run:
         self.forgive(cell)
         return record
 
-    def fail(self, cell: Cell, reason: str) -> None:
-        """Note that a cell failed; it is tried again when the run is resumed."""
-        failures = self.failures() | {cell.id: {"settings": cell.model_dump(), "reason": reason}}
-        write_text(self.folder / "failures.json", to_json(failures))
+    def fail(self, cell: Cell, reason: str, diverged_at: int | None = None) -> None:
+        """Note that a cell came to nothing, and why.
+
+        Args:
+            cell: which.
+            reason: in words, with the traceback where there is one.
+            diverged_at: the iteration at which its training diverged, if it did.
+        """
+        failure: dict[str, Any] = {"settings": cell.model_dump(), "reason": reason}
+        if diverged_at is not None:
+            failure["diverged_at"] = diverged_at
+        write_text(self.folder / "failures.json", to_json(self.failures() | {cell.id: failure}))
 
     def forgive(self, cell: Cell) -> None:
         """Forget an earlier failure of a cell."""
@@ -180,8 +203,9 @@ class Run:
     def summary(self) -> pd.DataFrame:
         """One row a cell, with the columns of :data:`SUMMARY_COLUMNS` and of :meth:`swept`."""
         rows = [record.row() for record in self.records()]
+        failures = self.failures()
         rows += [
-            settings | {"cell_id": cell_id, "status": "failed"}
+            settings | {"cell_id": cell_id, **outcome(failures[cell_id])}
             for cell_id, settings in self._failed().items()
         ]
         columns = dict.fromkeys((*SUMMARY_COLUMNS, *self.swept()))
@@ -207,6 +231,14 @@ class Run:
         """The metric of a complete cell, ``(episodes, steps + 1)``."""
         scores = self.scores(cell).pivot(index="episode", columns="step", values="metric")
         return scores.to_numpy(dtype=np.float64)
+
+
+def outcome(failure: dict[str, Any]) -> dict[str, Any]:
+    """The columns of the summary that say what a failure was: ``status``, which is ``failed`` or
+    ``diverged``, and then ``diverged_at``, an iteration."""
+    if "diverged_at" in failure:
+        return {"status": "diverged", "diverged_at": failure["diverged_at"]}
+    return {"status": "failed"}
 
 
 def source_hash(plugin: Path | None = None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import algorithms
 from algorithms import Algorithm, models
 from bench.distributed import ALONE, Team
-from bench.errors import CellError
+from bench.errors import CellError, DivergedError
 from bench.files import whole
 from bench.protocol import after_last_step, evaluate
 from bench.sweep import Cell, stream_seed
@@ -98,7 +98,7 @@ def train(
         The algorithm with the parameters that are kept, and the log.
 
     Raises:
-        CellError: a loss that is not finite.
+        DivergedError: a loss, in training or validation, that is not finite.
     """
     run = _Training(cell, build(cell, train_source), source, team)
     if checkpoint is not None:
@@ -169,20 +169,17 @@ class _Training:
         self.log.metric.append(metric)
         self.log.seconds.append(time.perf_counter() - began)
         if not abs(loss) < float("inf"):
-            raise CellError(f"diverged: the loss is {loss} at iteration {iteration + 1}")
+            raise DivergedError(f"the loss is {loss}", iteration + 1)
         return Progress(iteration + 1, loss, metric)
 
     def validate(self, source: Source, iteration: int) -> float:
         """Score on validation episodes, and keep the parameters if they are the best so far."""
         cell = self.cell
-        scores = evaluate(
-            self.algorithm,
-            source,
-            cell.val_spec,
-            cell.val_episodes,
-            cell.eval_steps,
-            team=self.team,
-        )
+        settings = (cell.val_spec, cell.val_episodes, cell.eval_steps)
+        try:
+            scores = evaluate(self.algorithm, source, *settings, team=self.team)
+        except CellError as error:
+            raise DivergedError(f"in validation, {error},", iteration + 1) from error
         metric = float(after_last_step(scores).mean())
         better = max if source.outputs is None else min
         if not self.log.val_metric or better(metric, *self.log.val_metric) == metric:

@@ -1,0 +1,46 @@
+"""What becomes of a cell that goes wrong: a reason, so that the others can go on."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from dataclasses import dataclass
+
+from bench.errors import BenchError, CellError, DivergedError
+
+DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+"""Errors that are no cell's fault: no other cell could be kept either."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a cell came to nothing.
+
+    Attributes:
+        line: in one line.
+        reason: in full, with the traceback where that tells something.
+        diverged_at: the iteration at which its training diverged, if it did.
+        unforeseen: what was raised was no answer of this project's; a process in which it was may
+            not be sound (as after a fault on a GPU).
+    """
+
+    line: str
+    reason: str
+    diverged_at: int | None = None
+    unforeseen: bool = False
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What to note of a cell in which this was raised.
+
+    Raises:
+        OSError: the error itself, where it is the disk's.
+    """
+    if isinstance(error, OSError) and error.errno in DISK:
+        raise error
+    if isinstance(error, DivergedError):
+        return Failure(str(error), str(error), error.iteration)
+    if isinstance(error, CellError | BenchError):
+        return Failure(str(error), str(error))
+    line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return Failure(line, "".join(traceback.format_exception(error)), unforeseen=True)
