@@ -51,6 +51,8 @@ TUNED = frozenset(
 )
 """Settings that each algorithm has a right to its own of, unless they were swept; any other that
 two entrants do not share is named beside their difference."""
+MOST_NAMED = 10
+"""Cells without a score that are named."""
 COUNTS = ("samples_per_step", "gradients_per_step")
 """What other settings come to."""
 
@@ -132,6 +134,15 @@ def damage_notes(folder: Path, damaged: Sequence[str]) -> list[str]:
         return []
     names = ", ".join(damaged)
     return [f"skipped, for they are damaged: {names} in {folder}; the same 'run' makes them again"]
+
+
+def left_out_notes(folder: Path) -> list[str]:
+    """A line that names the cells that came to nothing, if there are any."""
+    lost = Run(folder).left_out()
+    if not lost:
+        return []
+    more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+    return [f"left out, for they have no score: {', '.join(lost[:MOST_NAMED])}{more} in {folder}"]
 
 
 # Results -> entrants
@@ -378,7 +389,7 @@ def compare(folders: Sequence[Path], accept_changed_code: bool = False) -> Compa
     for folder in folders:
         found, damaged = read(folder)
         results += found
-        notes += damage_notes(folder, damaged)
+        notes += [*damage_notes(folder, damaged), *left_out_notes(folder)]
     sources = sorted({result.record.source for result in results})
     if len(sources) > 1 and not accept_changed_code:
         raise BenchError(

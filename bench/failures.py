@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import traceback
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, CellError, DivergedError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 """Errors that are no cell's fault: no other cell could be kept either."""
@@ -44,3 +48,14 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(str(error), str(error))
     line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return Failure(line, "".join(traceback.format_exception(error)), unforeseen=True)
+
+
+def lost(row: pd.Series[Any]) -> str:
+    """How many seeds of a row of the leaderboard came to nothing: ``1 diverged, 2 failed``."""
+    counts = {"diverged": row["diverged"], "failed": row["failed"] - row["diverged"]}
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+
+
+def scoreless(row: pd.Series[Any]) -> str:
+    """What to show for the score of a row of the leaderboard that has none."""
+    return "diverged" if row["diverged"] == row["failed"] else "failed"

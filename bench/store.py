@@ -200,6 +200,15 @@ class Run:
             return {}
         return failures
 
+    def left_out(self) -> list[str]:
+        """The cells that came to nothing, and how."""
+        found = []
+        for failure in self.failures().values():
+            how = outcome(failure)
+            at = f" at iteration {how['diverged_at']}" if "diverged_at" in how else ""
+            found.append(f"{Cell(**failure['settings'])} ({how['status']}{at})")
+        return found
+
     def summary(self) -> pd.DataFrame:
         """One row a cell, with the columns of :data:`SUMMARY_COLUMNS` and of :meth:`swept`."""
         rows = [record.row() for record in self.records()]

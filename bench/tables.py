@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -24,7 +25,7 @@ from bench.errors import BenchError
 from bench.measure import GROWTH
 from bench.plots import COSTS
 from bench.stats import Over, mean_interval
-from bench.store import CHECKPOINT, PERFORMANCE, RECORD, SCORES, TRAINING, Record, Run
+from bench.store import CHECKPOINT, PERFORMANCE, RECORD, SCORES, TRAINING, Record, Run, outcome
 from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
 
 SETTING = ("dataset", "ways", "shots", "device")
@@ -55,7 +56,8 @@ class Tables:
 
     Attributes:
         leaderboard: one row an entry, better ones first within a setting: ``entry``, ``label``, the
-            settings, ``seeds``, ``failed`` (seeds that failed), ``metric``, ``mean``, the half
+            settings, ``seeds``, ``failed`` (seeds that came to
+            nothing), ``diverged`` (those of them whose training diverged), ``metric``, ``mean``, the half
             widths ``ci_seeds``, ``ci_episodes`` and ``ci95_classes``, the headline interval
             ``low``, ``high`` and what it is ``over``, the costs, and ``pareto_<cost>``.
         adaptation: ``entry``, ``step``, ``mean``, ``low``, ``high``: after 0, 1, ... inner
@@ -67,7 +69,7 @@ class Tables:
         sensitivity: ``entry``, ``axis`` (a setting that was swept), ``value``, ``line`` (what is
             held fixed: the algorithm and its other swept settings), ``mean`` and the headline
             interval's ``low`` and ``high``.
-        faults: cells that are not here: ``cell``, ``status`` (failed, damaged, missing) and
+        faults: cells that are not here: ``cell``, ``status`` (failed, diverged, damaged, missing) and
             ``reason``.
         sweep: what was asked, where ``sweep.toml`` says.
     """
@@ -106,17 +108,17 @@ def read(run: Run) -> Tables:
         raise BenchError(f"{run.folder} is not a run: it has neither cells nor a sweep.toml")
     loaded, faults = _load_all(run)
     failed = list(_failures(run))
-    faults += [(str(cell), "failed", reason) for cell, reason in failed]
+    faults += [(str(cell), status, reason) for cell, status, reason in failed]
     try:
         sweep = read_sweep(run.folder / "sweep.toml", {})
     except BenchError as error:
         sweep = None
         faults.append(("sweep.toml", "damaged", str(error)))
     if sweep is not None:
-        there = [one.record.cell for one in loaded] + [cell for cell, _ in failed]
+        there = [one.record.cell for one in loaded] + [cell for cell, *_ in failed]
         faults += [(name, "missing", "not made yet") for name in missing(sweep, there)]
     groups = _groups(loaded)
-    leaderboard = _leaderboard(groups, [cell for cell, _ in failed])
+    leaderboard = _leaderboard(groups, [(cell, status) for cell, status, _ in failed])
     members = {i: groups[key] for i, key in enumerate(leaderboard["key"]) if key is not None}
     return Tables(
         leaderboard.drop(columns="key"),
@@ -221,12 +223,14 @@ def _curve(training: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([points, validations], ignore_index=True)
 
 
-def _failures(run: Run) -> Iterator[tuple[Cell, str]]:
-    """The cells that failed, and why; what cannot be read is skipped (the cell is then missing)."""
+def _failures(run: Run) -> Iterator[tuple[Cell, str, str]]:
+    """The cells that came to nothing, whether they failed or diverged, and why; what cannot be read
+    is skipped (the cell is then missing)."""
     failures = run.failures()
     for failure in failures.values() if isinstance(failures, dict) else []:
         try:
-            yield Cell(**failure["settings"]), str(failure["reason"])
+            cell, reason = Cell(**failure["settings"]), str(failure["reason"])
+            yield cell, outcome(failure)["status"], reason
         except (KeyError, TypeError, ValueError):
             continue
 
@@ -276,19 +280,24 @@ def _settings(cell: Cell) -> dict[str, Any]:
     return settings | cell.hyperparameters
 
 
-def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -> pd.DataFrame:
+def _leaderboard(
+    groups: dict[Entrant, list[_Loaded]], failed: Sequence[tuple[Cell, str]]
+) -> pd.DataFrame:
     """One row an entrant, in ``key``, and one, without a key, for failed cells that have none."""
     failures: dict[str, list[Cell]] = {}
-    for cell in failed:
+    for cell, _ in failed:
         failures.setdefault(cell.seedless_id, []).append(cell)
+    diverged = Counter(cell.seedless_id for cell, status in failed if status == "diverged")
     names = labels(list(groups))
     rows: list[dict[str, Any]] = []
     for entrant, group in groups.items():
-        lost = failures.pop(group[0].record.cell.seedless_id, [])
-        rows.append({"key": entrant, "label": names[entrant], **_entry(group), "failed": len(lost)})
-    for cells in failures.values():
+        kind = group[0].record.cell.seedless_id
+        counts = {"failed": len(failures.pop(kind, [])), "diverged": diverged[kind]}
+        rows.append({"key": entrant, "label": names[entrant], **_entry(group), **counts})
+    for kind, cells in failures.items():
         cell = cells[0]
-        failure = {"key": None, "label": cell.algorithm, "seeds": 0, "failed": len(cells)}
+        counts = {"failed": len(cells), "diverged": diverged[kind]}
+        failure = {"key": None, "label": cell.algorithm, "seeds": 0, **counts}
         rows.append(failure | _settings(cell))
     columns = [
         "key",
@@ -298,6 +307,7 @@ def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -
         *FAIRNESS,
         "seeds",
         "failed",
+        "diverged",
         "metric",
         "mean",
     ]
