@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,9 @@ def draw_all(summary: pd.DataFrame, folder: Path, swept: Sequence[str] = ()) -> 
             for row, own in zip(rows, told_apart(rows), strict=True)
         ]
     )
-    without = summary[summary["status"] != "complete"].value_counts(["algorithm", "status"])
-    left_out = ", ".join(f"{name} ({n} {status})" for (name, status), n in without.items())
+    without = summary[summary["status"] != "complete"]
+    counts = Counter(zip(without["algorithm"], without["status"], strict=True))
+    left_out = ", ".join(f"{name} ({n} {status})" for (name, status), n in counts.items())
     return save(accuracy(complete, left_out), folder / "accuracy")
 
 

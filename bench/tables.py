@@ -56,10 +56,10 @@ class Tables:
 
     Attributes:
         leaderboard: one row an entry, better ones first within a setting: ``entry``, ``label``, the
-            settings, ``seeds``, ``failed`` (seeds that came to
-            nothing), ``diverged`` (those of them whose training diverged), ``metric``, ``mean``, the half
-            widths ``ci_seeds``, ``ci_episodes`` and ``ci95_classes``, the headline interval
-            ``low``, ``high`` and what it is ``over``, the costs, and ``pareto_<cost>``.
+            settings, ``seeds``, ``failed`` (seeds that came to nothing), ``diverged`` (those of
+            them whose training diverged), ``metric``, ``mean``, the half widths ``ci_seeds``,
+            ``ci_episodes`` and ``ci95_classes``, the headline interval ``low``, ``high`` and what
+            it is ``over``, the costs, and ``pareto_<cost>``.
         adaptation: ``entry``, ``step``, ``mean``, ``low``, ``high``: after 0, 1, ... inner
             steps, with the interval over episodes (these trained models, on new tasks).
         learning: ``entry``, ``of`` (training or validation), ``iteration``, ``seconds``, ``mean``,
@@ -69,8 +69,8 @@ class Tables:
         sensitivity: ``entry``, ``axis`` (a setting that was swept), ``value``, ``line`` (what is
             held fixed: the algorithm and its other swept settings), ``mean`` and the headline
             interval's ``low`` and ``high``.
-        faults: cells that are not here: ``cell``, ``status`` (failed, diverged, damaged, missing) and
-            ``reason``.
+        faults: cells that are not here: ``cell``, ``status`` (failed, diverged, damaged, missing)
+            and ``reason``.
         sweep: what was asked, where ``sweep.toml`` says.
     """
 
