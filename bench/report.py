@@ -513,16 +513,8 @@ def _said(value: Any) -> str:
 def _settings(board: pd.DataFrame) -> dict[str, Any]:
     """Every setting of every entry; those that nobody changed from nothing are left out."""
     outcomes = {"entry", "label", "metric", "mean", "ci95", *HALF_WIDTHS, "low"}
-    outcomes |= {
-        "high",
-        "over",
-        "failed",
-        "diverged",
-        "seeds",
-        *COSTS,
-        *(f"pareto_{name}" for name in COSTS),
-    }
-    outcomes |= {"algorithm"}
+    outcomes |= {"high", "over", "failed", "diverged", "seeds", "algorithm"}
+    outcomes |= {*COSTS, *(f"pareto_{name}" for name in COSTS)}
     names = [str(n) for n in board if n not in outcomes and board[n].notna().any()]
     return {
         "titles": ["algorithm", *(name.replace("_", " ") for name in names)],

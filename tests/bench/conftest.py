@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import runner
 from bench.cli import main
 from bench.plugins import load_plugin
 from bench.sweep import Cell, Sweep
@@ -51,3 +52,12 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Callable:
         return status, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the measurements, each of which takes a process that has to import torch."""
+    monkeypatch.setattr(
+        "bench.runner._measure",
+        lambda cells, work: runner._Measured([(cell, None) for cell in cells], []),
+    )
