@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -114,7 +115,7 @@ class Display:
     def failed(self, cell: Cell, reason: str) -> None:
         """A cell came to nothing."""
         self.bars.advance(self.sweep)
-        self.console.print(f"[red]{self.names[cell.id]} failed:[/red] {reason}")
+        self.console.print(f"[red]{self.names[cell.id]} failed:[/red] {escape(reason)}")
 
     # Cells that other processes make, several at a time.
 
@@ -141,7 +142,7 @@ class Display:
 
     def lost(self, cell: Cell, how: str) -> None:
         """The process that made a cell is gone, and another goes on with it."""
-        self.console.print(f"{self.names[cell.id]} goes on from its checkpoint: {how}")
+        self.console.print(f"{self.names[cell.id]} goes on from its checkpoint: {escape(how)}")
 
     def _line_is_due(self) -> bool:
         now = time.monotonic()

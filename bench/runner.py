@@ -393,6 +393,8 @@ def estimate_seconds(cells: list[Cell], sources: Sources) -> dict[str, float]:
 
 
 def _estimate(cell: Cell, sources: Sources) -> float:
+    if not is_here(cell.device):
+        raise BenchError(f"--dry-run times a few steps, and there is no {cell.device} here")
     subject = measure.Subject(cell, sources.require(cell.dataset, "train", cell.device))
     subject.once(measure.STEP, 0)
     step = subject.once(measure.STEP, 1)["seconds"]

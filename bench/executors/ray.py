@@ -107,7 +107,7 @@ class Ray(Crew):
             wanted = self._resources(cell)
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             if not any(all(n.get(k, 0) >= v for k, v in wanted.items()) for n in nodes):
-                said = ", ".join(f"{value:g} {name}" for name, value in wanted.items())
+                said = ", ".join(f"{value:,.12g} {name}" for name, value in wanted.items())
                 raise BenchError(f"no node of the Ray cluster has {said}, which {cell} needs")
 
     def _connect(self) -> None:

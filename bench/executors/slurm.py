@@ -71,10 +71,9 @@ class Slurm(Crew):
             self.gpus = int(self.needs.gpus)
 
     def begin(self, kit: Kit) -> None:
-        folder = kit.folder.resolve()
+        self.folder = folder = kit.folder.resolve()
         folder.mkdir(exist_ok=True)
         (folder / STOP).unlink(missing_ok=True)
-        self.folder = folder
         self.plugin = None if kit.plugin is None else kit.plugin.resolve()
         parcel.write(dict(kit.sources), folder / "data")
         limit = self.cell_timeout
