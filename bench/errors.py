@@ -9,3 +9,18 @@ class BenchError(ValueError):
 class CellError(RuntimeError):
     """A cell that could not be brought to its end, such as one whose loss is no longer finite. It
     is recorded as failed with this reason, and the other cells go on."""
+
+
+class StorageError(OSError):
+    """A result that could not be written, as on a full disk: no other cell could be kept either.
+    Ends a command with exit status 1 and one line; what is complete stays."""
+
+    def __str__(self) -> str:
+        return (
+            f"cannot write {self.filename}: {self.strerror}; once that is mended, the same command "
+            "goes on from here"
+        )
+
+
+class DamagedError(ValueError):
+    """A file of a run that is not as it was written; the message says which, and what is wrong."""

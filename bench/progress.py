@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from rich import box
@@ -57,6 +57,11 @@ class Display:
         self.bars.start()
         if done:
             self.console.print(f"{done} of {total} cells are done already")
+
+    def damaged(self, reasons: Mapping[str, str]) -> None:
+        """Cells were found damaged, and will be made again; by id, why."""
+        for cell_id, reason in reasons.items():
+            self.console.print(f"{self.names[cell_id]} is damaged ({reason}): it is made again")
 
     def end(self) -> None:
         """The sweep has ended."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from algorithms.verification import verify
 from bench import measure, plots, stats
 from bench.distributed import ALONE, Team
 from bench.errors import BenchError, CellError
-from bench.files import write_text
+from bench.files import write_table
 from bench.progress import Display
 from bench.protocol import after_last_step, evaluate
 from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_hash
@@ -184,18 +183,20 @@ def run(
     """
     store = Run(folder)
     source = source_hash(sweep.plugin)
-    known = {record.cell.id: record for record in store.records()}
-    if not accept_changed_code and any(r.source != source for r in known.values()):
+    if not accept_changed_code and any(r.source != source for r in store.records()):
         raise BenchError(
             f"{folder} holds cells made by different source code; give another --out, or "
             "--accept-changed-code to put old and new side by side"
         )
     with store.start(sweep), interruptible() as interrupted:
+        store.recover(source)
+        done, damaged = store.state(cells)  # asked now that no other run writes here
         work = _Work(sweep, store, source, sources, display, interrupted, team)
-        display.begin(cells, done=sum(cell.id in known for cell in cells))
+        display.begin(cells, done=len(done))
+        display.damaged(damaged)
         try:
             for group in side_by_side(cells):
-                _run_group([cell for cell in group if cell.id not in known], work)
+                _run_group([cell for cell in group if cell.id not in done], work)
         finally:
             display.end()
         summary = store.write_summary()
@@ -254,7 +255,7 @@ def _run_group(cells: list[Cell], work: _Work) -> None:
             work.failed(cell, str(error))
         return
     for cell, performance in zip(ready, measured, strict=True):
-        performance.to_parquet(work.store.workplace(cell) / PERFORMANCE, index=False)
+        write_table(work.store.workplace(cell) / PERFORMANCE, performance)
         figures = trained[cell.id] | measure.headline(performance)
         work.display.done(work.store.complete(cell, work.source, figures))
     if work.interrupted():
@@ -265,14 +266,9 @@ def _train_and_evaluate(cell: Cell, work: _Work) -> dict[str, Any]:
     """Make all of a cell but its measurements, in its workplace; returns its figures."""
     source, sources, team = work.source, work.sources, work.team
     workplace = work.store.workplace(cell)
-    noted = workplace / "trained.json"
-    try:
-        before: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8"))
-        if before["source"] == source:
-            figures: dict[str, Any] = before["figures"]
-            return figures
-    except (OSError, ValueError, KeyError):
-        pass
+    before = work.store.trained(cell, source)
+    if before is not None:
+        return before
     work.display.training(cell)
     team.told(cell)
     train_source = sources.require(cell.dataset, "train", cell.device)
@@ -286,7 +282,7 @@ def _train_and_evaluate(cell: Cell, work: _Work) -> dict[str, Any]:
         interrupted=work.interrupted,
         team=team,
     )
-    log.frame().to_parquet(workplace / TRAINING, index=False)
+    write_table(workplace / TRAINING, log.frame())
     write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
     test = sources.require(cell.dataset, cell.test_spec.split, cell.device)
     work.display.evaluating(cell)
@@ -295,10 +291,10 @@ def _train_and_evaluate(cell: Cell, work: _Work) -> dict[str, Any]:
         advanced=work.display.episode,
         team=team,
     )
-    scores.to_parquet(workplace / SCORES, index=False)
+    write_table(workplace / SCORES, scores)
     values = after_last_step(scores).to_numpy()
     interval = stats.mean_interval(values)
-    figures = {
+    figures: dict[str, Any] = {
         "metric": "accuracy" if test.outputs is None else "mse",
         "mean": interval.estimate,
         "ci95": interval.half_width,
@@ -310,7 +306,7 @@ def _train_and_evaluate(cell: Cell, work: _Work) -> dict[str, Any]:
     }
     if work.sweep.verify_gradients:
         figures["gradient_error"] = check_gradient(cell, train_source, algorithm, cell.meta_batch)
-    write_text(noted, json.dumps({"source": source, "figures": figures}))
+    work.store.note_trained(cell, source, figures)
     return figures
 
 
