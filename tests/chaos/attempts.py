@@ -7,20 +7,24 @@ what a kill meets does not depend on what else the machine does.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import psutil
+import torch
+import torch._dynamo  # which the first optimizer imports: another second
 
-from bench import measure, plots, runner, training
+from bench import measure, plots, runner, store, training
 from bench.cli import main
 from bench.store import Run
 from tests.bench.conftest import QUICK
@@ -32,19 +36,20 @@ _context.set_forkserver_preload(["tests.chaos.attempts"])
 
 
 def quick() -> None:
-    """Let a command write a checkpoint after every iteration, and make up its measurements."""
+    """Let a command write a checkpoint after every iteration, make up its measurements, and trust
+    its engine."""
     training.CHECKPOINT_SECONDS = -1.0
     measure.measure = made_up
+    runner.check_gradient = lambda *arguments: 0.0
 
 
 def made_up(cells: Sequence[Any], root: Any = None, plugin: Any = None) -> list[pd.DataFrame]:
     """Stands for :func:`bench.measure.measure`, whose processes take seconds to start."""
     columns = {"repeat": 0, "seconds": 0.5, "wall_seconds": 0.5, "process_seconds": 0.5}
-    rows = [columns | {"phase": phase, "peak_bytes": 2**20, "flops": 10**9} for phase in PHASES]
+    rows = [
+        columns | {"phase": phase, "peak_bytes": 2**20, "flops": 10**9} for phase in measure.PHASES
+    ]
     return [pd.DataFrame(rows).assign(session="made up") for _ in cells]
-
-
-PHASES = measure.PHASES
 
 
 class Attempt:
@@ -59,6 +64,7 @@ class Attempt:
     def __init__(self, arguments: Sequence[str], cwd: Path, *prepare: Callable[[], None]) -> None:
         self.printed = {name: cwd.parent / f"{cwd.name}.{name}" for name in ("out", "err")}
         self.noted = cwd.parent / f"{cwd.name}.phase"
+        self.noted.unlink(missing_ok=True)
         target = (tuple(arguments), cwd, self.printed, self.noted, prepare)
         self.process = _context.Process(target=_command, args=target)
         self.process.start()
@@ -90,6 +96,11 @@ class Attempt:
             return int(line.split()[0]) / 1e9
         except (OSError, ValueError, IndexError):
             return float("inf")
+
+    @property
+    def took(self) -> float:
+        """Seconds of processor time of a command that has ended by itself."""
+        return float(self.noted.with_suffix(".spent").read_text())
 
     @property
     def phase(self) -> str:
@@ -126,6 +137,7 @@ def _command(
     noted: Path,
     prepare: Sequence[Callable[[], None]],
 ) -> None:
+    torch.set_num_threads(1)
     os.setsid()  # its processes are known by their session
     for number, path in ((1, printed["out"]), (2, printed["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -134,46 +146,49 @@ def _command(
         prepared()
     _note_phases(noted)
     status = main(arguments)
+    for told in at_end:
+        told()
+    noted.with_suffix(".spent").write_text(str(time.process_time()))
     sys.stdout.flush()
     os._exit(status)
+
+
+def at_phase(name: str, act: Callable[[], None]) -> None:
+    """Have the process do something whenever it comes to a phase."""
+    place, function = PLACES[name]
+    plain = getattr(place, function)
+
+    @wraps(plain)
+    def acting(*arguments: Any, **named: Any) -> Any:
+        act()
+        return plain(*arguments, **named)
+
+    setattr(place, function, acting)
 
 
 def _note_phases(path: Path) -> None:
     """Have the process write down what it does."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    stack = ["starting"]
 
-    def note() -> None:
-        os.pwrite(file, stack[-1].ljust(16).encode(), 0)
+    def note(name: str) -> None:
+        os.pwrite(file, name.ljust(16).encode(), 0)
 
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        stack.append(name)
-        note()
-        yield
-        stack.pop()
-        note()
+    note("starting")
+    for name in PLACES:
+        at_phase(name, partial(note, name))
 
-    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def noted(*arguments: Any, **named: Any) -> Any:
-            with phase(name):
-                return function(*arguments, **named)
 
-        return noted
-
-    note()
-    for place, name, called in (
-        (runner, "train", "training"),
-        (training, "write_tensors", "checkpoint"),
-        (training, "evaluate", "validation"),
-        (runner, "evaluate", "evaluation"),
-        (measure, "measure", "measuring"),
-        (Run, "complete", "completing"),
-        (Run, "write_summary", "summary"),
-        (plots, "draw_all", "figures"),
-    ):
-        setattr(place, name, noting(called, getattr(place, name)))
+PLACES: dict[str, tuple[Any, str]] = {
+    "reading": (Run, "state"),
+    "training": (training._Training, "step"),
+    "checkpoint": (training, "write_tensors"),
+    "validation": (training, "evaluate"),
+    "evaluation": (runner, "evaluate"),
+    "measuring": (measure, "measure"),
+    "completing": (Run, "complete"),
+    "summary": (Run, "write_summary"),
+    "figures": (plots, "draw_all"),
+}
 
 
 def sweep(out: str, *more: str) -> tuple[str, ...]:
@@ -209,42 +224,96 @@ def contents(folder: Path) -> dict[str, Any]:
     return found | {"order": summary["cell_id"].tolist()}
 
 
-FILES = sorted(f"{name}" for name in ("cell.json", "checkpoint.safetensors")) + [
-    "episodes.parquet",
-    "performance.parquet",
-    "training.parquet",
-]
+FILES = sorted((*store.FILES, store.RECORD))
 TIMES = (
     *("train_seconds", "step_ms", "eval_ms_per_episode", "matmul_share"),
     *("peak_memory_bytes", "step_joules"),
 )
 
 
-def count_operations(place: Path, last: int | None = None) -> Callable[[], None]:
-    """What makes a process kill itself at the ``last`` operation on files below a folder; without
-    it, to write their number to ``<folder>.operations``."""
-    return partial(_count_operations, place, last)
+# What may be done to a process, as ``prepare``; each in terms of the run's folder.
 
 
-def _count_operations(place: Path, last: int | None) -> None:
+def at_operation(number: int, place: Path) -> None:
+    """Kill the process at an operation on files below a folder; 0 for none. How many there were is
+    in ``<folder>.operations``."""
+    file = os.open(f"{place}.operations", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     done = 0
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal done
-        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-            return
-        name = arguments[0]
-        if (
-            not isinstance(name, (str, os.PathLike))
-            or place not in Path(os.path.abspath(name)).parents
-        ):
-            return
-        done += 1
-        if done == last:
-            os.kill(os.getpid(), 9)
-        if last is None:
+        if event in OPERATIONS and _below(place, arguments[0]):
+            done += 1
             os.pwrite(file, str(done).encode(), 0)
+            if done == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    if last is None:
-        file = os.open(f"{place}.operations", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     sys.addaudithook(heard)
+
+
+OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+
+def _below(place: Path, name: object) -> bool:
+    return isinstance(name, (str, os.PathLike)) and place in (Path.cwd() / name).parents
+
+
+def filling(phase: str, disk: Path) -> None:
+    """Leave no space on a disk once the process comes to a phase."""
+    at_phase(phase, lambda: fill(disk))
+
+
+def fill(disk: Path) -> None:
+    """Leave no space on a disk: the file ``filler`` takes what there is."""
+    with suppress(OSError), (disk / "filler").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def setting_the_clock_back() -> None:
+    """Set back what Python tells of the time by an hour, each time that it is asked."""
+    began, asked = time.time(), itertools.count()
+    time.time = lambda: began - 3600 * next(asked)
+    time.time_ns = lambda: int(1e9 * time.time())
+
+
+def watching_for_power_loss(place: Path) -> None:
+    """Write to ``<folder>.unsafe`` each rename below a folder of what was not flushed before, or
+    into a folder that was not flushed after; and last, how many renames there were."""
+    file = os.open(f"{place}.unsafe", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    flushed: dict[int, tuple[int, int]] = {}
+    pending: dict[int, Path] = {}
+    renames = 0
+    plain_fsync = os.fsync
+
+    def state(status: os.stat_result) -> tuple[int, int]:
+        return status.st_size, status.st_mtime_ns
+
+    def fsync(number: int) -> None:
+        plain_fsync(number)
+        status = os.fstat(number)
+        flushed[status.st_ino] = state(status)
+        pending.pop(status.st_ino, None)
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal renames
+        if event != "os.rename" or not _below(place, arguments[1]):
+            return
+        renames += 1
+        source, target = (Path.cwd() / name for name in arguments[:2])
+        for path in [source, *source.glob("*")]:
+            if flushed.get(path.stat().st_ino) != state(path.stat()):
+                os.write(file, f"{path} was not flushed\n".encode())
+        pending[target.parent.stat().st_ino] = target.parent
+
+    def told() -> None:
+        for path in pending.values():
+            os.write(file, f"{path} was not flushed after a rename\n".encode())
+        os.write(file, f"{renames}\n".encode())
+
+    os.fsync = fsync
+    sys.addaudithook(heard)
+    at_end.append(told)
+
+
+at_end: list[Callable[[], None]] = []
