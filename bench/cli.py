@@ -18,7 +18,7 @@ from rich.table import Column, Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
-from bench.errors import BenchError
+from bench.errors import BenchError, StorageError
 from bench.plugins import load_plugin
 from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, varied
 from datasets import DatasetError
@@ -514,13 +514,17 @@ def list_recipes() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
-    0 for success, 1 where a cell failed, 2 for bad input (one line on stderr), 130 for Ctrl-C.
+    0 for success, 1 where a cell failed or the disk is full, 2 for bad input, 130 for Ctrl-C; a
+    full disk and bad input get one line on stderr.
     """
+    status = 2
     try:
-        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-        return int(status or 0)
+        ended = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return int(ended or 0)
     except (BenchError, AlgorithmError, DatasetError) as error:
         message = str(error)
+    except StorageError as error:
+        status, message = 1, str(error)
     except typer.TyperException as error:
         message = error.format_message()
     except typer.Exit as error:
@@ -531,4 +535,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if leads():
         print(f"bench: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

@@ -104,7 +104,7 @@ def read(folder: Path) -> tuple[list[Result], list[str]]:
     if not run.cells.is_dir():
         raise BenchError(f"there is no run in {folder}: it has no cells/")
     results = []
-    for record in run.records():
+    for record in run.records(thorough=True):
         try:
             results.append(_result(run, record))
         except (OSError, ValueError, KeyError):
@@ -120,9 +120,11 @@ def _result(run: Run, record: Record) -> Result:
     scores = finite(after_last_step(run.scores(record.cell)).to_numpy(), "scores")
     if len(scores) != record.cell.episodes:
         raise ValueError(f"{len(scores)} episodes, not {record.cell.episodes}")
-    path = run.cells / record.cell.id / PERFORMANCE
     columns = ["phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session"]
-    performance = pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=columns)
+    try:
+        performance = run.table(record.cell, PERFORMANCE)
+    except FileNotFoundError:
+        performance = pd.DataFrame(columns=columns)
     if not {"metric", "episode_address"} <= record.figures.keys():
         raise ValueError(f"{record.cell} does not say what its scores are of")
     return Result(record, scores, performance[columns])

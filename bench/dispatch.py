@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from bench.errors import StorageError
 from bench.executors.base import Began, Crew, Ended, Job, Kit, Lost, Moved
 from bench.failures import Failure
 from bench.progress import Display
@@ -60,7 +61,7 @@ def dispatch(
         Each cell, once, with its figures or the reason why it has none.
 
     Raises:
-        OSError: a worker's disk that takes no more.
+        StorageError: a worker's disk takes no more.
     """
     waiting = deque(jobs)
     running: dict[str, _Running] = {}
@@ -93,7 +94,7 @@ def dispatch(
             del running[event.cell_id]
             display.left(one.job.cell)
             outcome = event.outcome if isinstance(event, Ended) else None
-            if isinstance(outcome, OSError):
+            if isinstance(outcome, StorageError):
                 raise outcome
             if outcome is not None:
                 yield one.job.cell, outcome

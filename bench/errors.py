@@ -24,3 +24,18 @@ class DivergedError(CellError):
 
     def __str__(self) -> str:
         return f"diverged: {self.args[0]} at iteration {self.iteration}"
+
+
+class StorageError(OSError):
+    """A result that could not be written, as on a full disk: no other cell could be kept either.
+    Ends a command with exit status 1 and one line; what is complete stays."""
+
+    def __str__(self) -> str:
+        return (
+            f"cannot write {self.filename}: {self.strerror}; once that is mended, the same command "
+            "goes on from here"
+        )
+
+
+class DamagedError(ValueError):
+    """A file of a run that is not as it was written; the message says which, and what is wrong."""

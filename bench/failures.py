@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import BenchError, CellError, DivergedError
+from bench.errors import BenchError, CellError, DivergedError, StorageError
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-"""Errors that are no cell's fault: no other cell could be kept either."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,9 @@ def failure_of(error: BaseException) -> Failure:
     """What to note of a cell in which this was raised.
 
     Raises:
-        OSError: the error itself, where it is the disk's.
+        StorageError: the error itself, where it is no cell's fault.
     """
-    if isinstance(error, OSError) and error.errno in DISK:
+    if isinstance(error, StorageError):
         raise error
     if isinstance(error, DivergedError):
         return Failure(str(error), str(error), error.iteration)

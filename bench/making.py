@@ -16,6 +16,7 @@ from algorithms.verification import verify
 from bench import stats
 from bench.distributed import ALONE, Team
 from bench.errors import BenchError
+from bench.files import write_table
 from bench.protocol import after_last_step, evaluate
 from bench.store import CHECKPOINT, SCORES, TRAINING
 from bench.sweep import Cell
@@ -137,7 +138,7 @@ def train_and_evaluate(
         interrupted=interrupted,
         team=team,
     )
-    log.frame().to_parquet(workplace / TRAINING, index=False)
+    write_table(workplace / TRAINING, log.frame())
     write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
     test = sources.require(cell.dataset, cell.test_spec.split, cell.device)
     watch.evaluating(cell)
@@ -146,7 +147,7 @@ def train_and_evaluate(
         advanced=watch.episode,
         team=team,
     )
-    scores.to_parquet(workplace / SCORES, index=False)
+    write_table(workplace / SCORES, scores)
     values = after_last_step(scores).to_numpy()
     interval = stats.mean_interval(values)
     figures: dict[str, Any] = {

@@ -324,8 +324,8 @@ def _serve(connection: Connection, cell: Cell, root: Path | None, plugin: Path |
         while True:
             name, *arguments = connection.recv()
             connection.send(("done", getattr(subject, name)(*arguments)))
-    except EOFError:
-        pass
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # it has hung up, or is no more
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}"))
 

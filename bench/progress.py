@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -75,6 +75,11 @@ class Display:
             self.console.print(
                 f"{failed} of {total} cells failed before; --retry-failed does them again"
             )
+
+    def damaged(self, reasons: Mapping[str, str]) -> None:
+        """Cells were found damaged, and will be made again; by id, why."""
+        for cell_id, reason in reasons.items():
+            self.console.print(f"{self.names[cell_id]} is damaged ({reason}): it is made again")
 
     def end(self) -> None:
         """The sweep has ended."""

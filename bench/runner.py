@@ -23,6 +23,7 @@ from bench.distributed import ALONE, Team
 from bench.errors import BenchError, CellError
 from bench.executors import Crew, Job, Kit
 from bench.failures import Failure, failure_of
+from bench.files import write_table
 from bench.making import Sources, check_gradient, train_and_evaluate
 from bench.progress import Display
 from bench.protocol import evaluate
@@ -148,19 +149,20 @@ def run(
     """
     store = Run(folder)
     source = source_hash(sweep.plugin)
-    known = {record.cell.id: record for record in store.records()}
-    if not accept_changed_code and any(r.source != source for r in known.values()):
+    if not accept_changed_code and any(r.source != source for r in store.records()):
         raise BenchError(
             f"{folder} holds cells made by different source code; give another --out, or "
             "--accept-changed-code to put old and new side by side"
         )
     with store.start(sweep), interruptible() as interrupted:
+        store.recover(source)
+        done, damaged = store.state(cells)  # asked now that no other run writes here
         work = _Work(sweep, store, source, sources, display, interrupted, team)
-        done = {cell.id for cell in cells if cell.id in known}
         failed = {cell.id for cell in cells if cell.id in store.failures()} - done
         if retry_failed:
             failed = set()
         display.begin(cells, done=len(done), failed=len(failed))
+        display.damaged(damaged)
         groups = [
             [cell for cell in group if cell.id not in done | failed]
             for group in side_by_side(cells)
@@ -329,7 +331,7 @@ def _complete(measured: _Measured, trained: Mapping[str, dict[str, Any]], work: 
     for cell, performance in measured.performance:
         figures = trained[cell.id]
         if performance is not None:
-            performance.to_parquet(work.store.workplace(cell) / PERFORMANCE, index=False)
+            write_table(work.store.workplace(cell) / PERFORMANCE, performance)
             figures = figures | measure.headline(performance)
         work.display.done(work.store.complete(cell, work.source, figures))
     if work.interrupted():

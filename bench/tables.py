@@ -7,13 +7,11 @@ Two entries are comparable in so far as their settings agree; the settings that 
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from bench.comparison import Entrant, Result, entrants, labels
-from bench.errors import BenchError
+from bench.errors import BenchError, DamagedError
 from bench.measure import GROWTH
 from bench.plots import COSTS
 from bench.stats import Over, mean_interval
-from bench.store import CHECKPOINT, PERFORMANCE, RECORD, SCORES, TRAINING, Record, Run, outcome
+from bench.store import PERFORMANCE, TRAINING, Record, Run, outcome
 from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
 
 SETTING = ("dataset", "ways", "shots", "device")
@@ -136,30 +134,15 @@ def read(run: Run) -> Tables:
 
 def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
     """The cells that can be read, and the faults of those that cannot."""
-    records = {record.cell.id: record for record in run.records()}
     loaded, faults = [], []
     for name in run.cell_ids():
         try:
-            loaded.append(_load(run, records[name]))
-        except KeyError:
-            faults.append((f"cells/{name}", "damaged", _damage(run.cells / name)))
+            loaded.append(_load(run, run.sound(name)))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            faults.append((f"{records[name].cell} (cells/{name})", "damaged", reason))
+            cell, place = run.described(name), f"cells/{name}"
+            kind = "" if isinstance(error, DamagedError) else f"{type(error).__name__}: "
+            faults.append((f"{cell} ({place})" if cell else place, "damaged", f"{kind}{error}"))
     return loaded, faults
-
-
-def _damage(folder: Path) -> str:
-    """Why a cell's folder gives no record."""
-    for name in (RECORD, SCORES, TRAINING, CHECKPOINT):
-        path = folder / name
-        if not path.is_file() or path.stat().st_size == 0:
-            return f"{name} is absent or empty"
-    try:
-        json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{RECORD} is not JSON"
-    return f"{RECORD} does not describe this cell: it was changed, or made by another version"
 
 
 def _load(run: Run, record: Record) -> _Loaded:
@@ -173,20 +156,23 @@ def _load(run: Run, record: Record) -> _Loaded:
         raise ValueError("cell.json has no score")
     try:
         scores = run.scores(cell).pivot(index="episode", columns="step", values="metric")
-        training = pd.read_parquet(run.cells / cell.id / TRAINING)
+        training = run.table(cell, TRAINING)
         learning = _curve(training)
     except KeyError as error:
         raise ValueError(f"no column {error}") from error
     if scores.shape != (cell.episodes, cell.eval_steps + 1):
         raise ValueError(f"scores of {scores.shape[0]} episodes, not of {cell.episodes}")
     values = scores.to_numpy(np.float64)
-    growth = _peaks(run.cells / cell.id / PERFORMANCE)
+    growth = _peaks(run, cell)
     return _Loaded(Result(record, values[:, -1], pd.DataFrame()), values, learning, growth)
 
 
-def _peaks(path: Path) -> pd.Series[float]:
+def _peaks(run: Run, cell: Cell) -> pd.Series[float]:
     """Peak MiB of a meta-step by its inner steps; empty where that was not measured."""
-    performance = pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+    try:
+        performance = run.table(cell, PERFORMANCE)
+    except FileNotFoundError:
+        performance = pd.DataFrame()
     if "inner_steps" not in performance:
         return pd.Series(dtype=float)
     rows = performance[performance["phase"] == GROWTH].dropna(subset="peak_bytes")

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bench.files import whole
+from bench.files import whole, write_bytes
 
 Bytes = npt.NDArray[np.uint8]
 ALIGNMENT = 64
@@ -62,8 +62,7 @@ def write(value: Any, path: Path) -> None:
             file.seek(first)
             file.write(part.data)
         file.truncate(max(place, 1))  # nothing cannot be mapped
-    with whole(path) as aside:
-        aside.write_bytes(pickle.dumps((head, places)))
+    write_bytes(path, pickle.dumps((head, places)))
 
 
 def read(path: Path) -> Any:

@@ -31,7 +31,7 @@ from bench.executors.base import Began, Crew, Ended, Event, Job, Kit, Lost, Move
 from bench.executors.parcel import pack, unpack
 from bench.executors.worker import Telling, make
 from bench.failures import failure_of
-from bench.files import whole
+from bench.files import write_bytes
 from bench.making import STATE, Sources
 from bench.plugins import load_plugin
 from bench.store import CHECKPOINT, SCORES, TRAINING
@@ -210,8 +210,7 @@ class Ray(Crew):
 
 def _write(workplace: Path, files: dict[str, bytes]) -> None:
     for name, contents in files.items():
-        with whole(workplace / name) as aside:
-            aside.write_bytes(contents)
+        write_bytes(workplace / name, contents)
 
 
 # In a worker's process, on any node.

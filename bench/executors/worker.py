@@ -9,7 +9,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from bench.errors import BenchError
+from bench.errors import BenchError, StorageError
 from bench.executors.base import Job, Moved, Outcome
 from bench.failures import failure_of
 from bench.making import Sources, train_and_evaluate
@@ -79,7 +79,7 @@ def make(
     except (Exception, SystemExit) as error:
         try:
             return failure_of(error)
-        except OSError as disk:
+        except StorageError as disk:
             return disk
 
 

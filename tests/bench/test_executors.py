@@ -18,7 +18,7 @@ from rich.console import Console
 
 import datasets
 from bench import dispatch, measure
-from bench.errors import BenchError
+from bench.errors import BenchError, StorageError
 from bench.executors import Began, Crew, Ended, Event, Job, Kit, Lost, Moved, Needs, hire, parcel
 from bench.executors.local import Local
 from bench.executors.worker import Telling, make
@@ -88,7 +88,7 @@ class Scripted(Crew):
             "fails": Ended(cell.id, Failure("it fails", "it fails")),
             "is interrupted": Ended(cell.id, None),
             "is lost": Lost(cell.id, "it is gone"),
-            "fills the disk": Ended(cell.id, OSError(28, "No space left on device")),
+            "fills the disk": Ended(cell.id, StorageError(28, "No space left on device", "r")),
         }
         return [*events, outcomes[happens]]
 
@@ -167,7 +167,7 @@ def test_once_interrupted_nothing_is_handed_out_and_what_ends_still_counts() -> 
 
 
 def test_a_worker_whose_disk_is_full_ends_the_run() -> None:
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         handed_out(Scripted({"fomaml": ["fills the disk"]}))
 
 
