@@ -331,7 +331,9 @@ def test_two_processes_do_what_one_does_whatever_happens_beside(
     assert len(one) == 6
     assert bits(tmp_path / "r") == one
     assert "dying tiny 5-way 1-shot seed 0 goes on from its checkpoint" in out
-    reasons = {f["settings"]["algorithm"]: f["reason"] for f in Run("r").failures().values()}
+    reasons = {
+        f["settings"]["algorithm"]: f["reason"] for f in Run(tmp_path / "r").failures().values()
+    }
     assert reasons.keys() == {"dying", "raising"}
     assert "lost 2 times; the last time, the process was ended by SIGKILL" in reasons["dying"]
     assert "KeyError: 'no such key'" in reasons["raising"]

@@ -35,10 +35,10 @@ class Diverging(algorithms.get("maml")):
 
 
 class HalfWay(algorithms.get("maml")):
-    """Goes wrong in the midst of a training, and nowhere else."""
+    """Goes wrong in the midst of a training, and nowhere else, until it is mended."""
 
     def meta_gradient(self, tasks):
-        if 0.4 < self.progress < 1.0:
+        if 0.4 < self.progress < 1.0 and self.name != os.environ.get("MENDED"):
             self.go_wrong()
         return super().meta_gradient(tasks)
 
