@@ -232,6 +232,8 @@ def _run_group(cells: list[Cell], work: _Work) -> None:
             if work.team.size > 1 and not isinstance(error, CellError | BenchError):
                 raise
     _complete(_measure([cell for cell in cells if cell.id in trained], work), trained, work)
+    if work.interrupted():
+        raise KeyboardInterrupt
 
 
 def _train_here(cell: Cell, work: _Work) -> dict[str, Any]:
@@ -267,18 +269,13 @@ def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
     sources = work.sources.of(job.cell for job in jobs)
     kit = Kit(sources, work.sweep.plugin, work.store.folder / WORKERS)
     left = {job.cell.id for job in jobs}
+
+    def ready(group: list[Cell]) -> list[Cell]:
+        return [cell for cell in group if cell.id in trained]
+
     with ThreadPoolExecutor(max_workers=1) as measurer, ExitStack() as at_end:
         at_end.callback(measurer.shutdown, wait=False, cancel_futures=True)
-        measuring: list[Future[_Measured]] = []
-
-        def measure_what_is_trained() -> None:
-            for group in [group for group in groups if not left & {cell.id for cell in group}]:
-                groups.remove(group)
-                ready = [cell for cell in group if cell.id in trained]
-                measuring.append(measurer.submit(_measure, ready, work))
-            while measuring and (measuring[0].done() or not left):
-                _complete(measuring.pop(0).result(), trained, work)
-
+        beside: list[Future[_Measured]] = []
         with employed(crew, kit, jobs):
             for cell, outcome in dispatch(crew, jobs, work.display, work.interrupted):
                 if isinstance(outcome, Failure):
@@ -286,9 +283,19 @@ def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
                 else:
                     trained[cell.id] = work.trained(cell, outcome)
                 left.remove(cell.id)
-                if crew.measure_beside_work and left:
-                    measure_what_is_trained()
-        measure_what_is_trained()
+                if not crew.measure_beside_work:
+                    continue
+                for group in [g for g in groups if not left & {cell.id for cell in g}]:
+                    groups.remove(group)
+                    beside.append(measurer.submit(_measure, ready(group), work))
+                while beside and beside[0].done():
+                    _complete(beside.pop(0).result(), trained, work)
+        for measured in beside:
+            _complete(measured.result(), trained, work)
+    for group in groups:
+        _complete(_measure(ready(group), work), trained, work)
+        if work.interrupted():
+            raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -321,11 +328,7 @@ def _measure(cells: Sequence[Cell], work: _Work) -> _Measured:
 
 
 def _complete(measured: _Measured, trained: Mapping[str, dict[str, Any]], work: _Work) -> None:
-    """Make cells that were measured results of the run.
-
-    Raises:
-        KeyboardInterrupt: asked for meanwhile.
-    """
+    """Make cells that were measured results of the run."""
     for error in measured.errors:
         work.failed(error.cell, failure_of(error))
     for cell, performance in measured.performance:
@@ -334,8 +337,6 @@ def _complete(measured: _Measured, trained: Mapping[str, dict[str, Any]], work: 
             write_table(work.store.workplace(cell) / PERFORMANCE, performance)
             figures = figures | measure.headline(performance)
         work.display.done(work.store.complete(cell, work.source, figures))
-    if work.interrupted():
-        raise KeyboardInterrupt
 
 
 def follow(sources: Sources, team: Team) -> None:
