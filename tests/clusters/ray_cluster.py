@@ -101,6 +101,33 @@ def test_faults_on_a_cluster_are_noted_and_a_hanging_cell_is_ended(
     assert "diverged: the loss is nan at iteration 1" in reasons["diverging"]
 
 
+def test_interrupted_tasks_send_their_checkpoints_and_go_on(
+    bench, tmp_path: Path, unmeasured, monkeypatch, cluster
+) -> None:
+    cluster.add_node(num_cpus=1)
+    asked = ("run", *QUICK, "--algos", "dawdling", "--iterations", "60", "--seeds", "0,1,2")
+    at_work: set[str] = set()
+
+    class Interrupting(Display):
+        def moved(self, cell: Cell, stage: str, done: int, total: int, note: str) -> None:
+            at_work.update([cell.id] if done else [])
+            if len(at_work) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                at_work.add("only once")
+
+    monkeypatch.setattr("bench.progress.Display", Interrupting)
+    by_ray = ("--executor", "ray", "--address", cluster.address, "--out", "r")
+    status, out, _ = bench(*asked, *by_ray)
+    assert status == 130, out
+    cells = tmp_path / "r" / "cells"
+    assert len(list(cells.glob(".*/training.safetensors"))) == 2
+    monkeypatch.setattr("bench.progress.Display", Display)
+    assert bench(*asked, *by_ray)[0] == 0
+    assert bench(*asked, "--jobs", "3", "--cell-cpus", "1", "--out", "by-local")[0] == 0
+    assert len(bits(tmp_path / "r")) == 9
+    assert bits(tmp_path / "r") == bits(tmp_path / "by-local")
+
+
 def test_a_cluster_without_room_for_a_cell_is_refused(bench, tmp_path: Path, cluster) -> None:
     asked = ("run", *QUICK, "--algos", "maml", "--executor", "ray", "--address", cluster.address)
     status, _, err = bench(*asked, "--cell-cpus", "64")
