@@ -54,7 +54,8 @@ class _Saved:
 
 
 class _Post:
-    """Where workers leave word for the driver, and it for them."""
+    """Where workers leave word for the driver, and it for them. Should its process be lost, what was
+    left there is: how far cells are, and a checkpoint or two."""
 
     def __init__(self) -> None:
         self.left: list[Event | _Saved] = []
@@ -138,7 +139,11 @@ class Ray(Crew):
 
     def begin(self, kit: Kit) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.post = ray.remote(_Post).options(num_cpus=0, scheduling_strategy=here).remote()
+        post = ray.remote(_Post).options(
+            num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1
+        )
+        self.post = post.remote()
+        self.stopping = False
         self.data = ray.put(pack(dict(kit.sources)))
         plugin = kit.plugin
         self.plugin = None if plugin is None else (plugin.name, plugin.read_text("utf-8"))
@@ -163,6 +168,8 @@ class Ray(Crew):
     def events(self, seconds: float) -> list[Event]:
         if self.tasks:
             ray.wait(list(self.tasks.values()), num_returns=1, timeout=seconds)
+        if self.stopping:  # said again, should the post have been started anew
+            self.post.stop.remote()
         found: list[Event] = []
         for word in ray.get(self.post.collect.remote()):
             if isinstance(word, _Saved):
@@ -196,7 +203,7 @@ class Ray(Crew):
         ray.cancel(self.tasks.pop(cell_id), force=True)
 
     def interrupt(self) -> None:
-        ray.get(self.post.stop.remote())
+        self.stopping = True
         for cell_id, task in self.tasks.items():
             if cell_id not in self.begun:
                 ray.cancel(task)

@@ -155,12 +155,12 @@ def test_what_goes_wrong_in_a_cell_is_noted_the_others_go_on_and_it_is_let_be_un
     status, again, _ = bench(*asked)
     assert status == 1
     assert "4 of 5 cells failed before; --retry-failed does them again" in again
-    assert "failed:" not in again
+    assert "seed 0 failed:" not in again
 
     monkeypatch.setenv("MENDED", "raising")
     status, retried, _ = bench(*asked, "--retry-failed")
     assert status == 1
-    assert retried.count("failed:") == 3
+    assert retried.count("seed 0 failed:") == 3
     assert {f["settings"]["algorithm"] for f in Run(tmp_path / "r").failures().values()} == {
         "leaving",
         "greedy",
@@ -171,12 +171,16 @@ def test_what_goes_wrong_in_a_cell_is_noted_the_others_go_on_and_it_is_let_be_un
 def test_an_algorithm_that_fails_when_it_is_tried_out_is_named(bench, tmp_path: Path) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
-        TINY.read_text() + "\n\nHalfWay.meta_gradient = lambda self, tasks: tasks['no such key']\n"
+        "import algorithms\n\n"
+        "@algorithms.register('unfinished')\n"
+        "class Unfinished(algorithms.get('maml')):\n"
+        "    def meta_gradient(self, tasks):\n"
+        "        raise KeyError('no such key')\n"
     )
-    asked = ("run", *QUICK, "--plugin", str(plugin), "--algos", "raising", "--out", "r")
+    asked = ("run", *QUICK, "--plugin", str(plugin), "--algos", "unfinished", "--out", "r")
     status, _, err = bench(*asked)
     assert (status, err.count("\n")) == (2, 1)
-    assert ", when raising tiny 5-way 1-shot seed 0 was tried out" in err
+    assert "KeyError: 'no such key', when unfinished tiny 5-way 1-shot seed 0 was tried out" in err
     assert not (tmp_path / "r").exists()
 
 

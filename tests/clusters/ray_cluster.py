@@ -26,6 +26,8 @@ CELLS = (*QUICK, "--iterations", str(ITERATIONS), "--algos", "dawdling", "--seed
 def cluster() -> Iterator[object]:
     from ray.cluster_utils import Cluster
 
+    # Not to be judged by what else this machine holds in its memory.
+    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     yield cluster
     ray.shutdown()
