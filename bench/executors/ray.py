@@ -54,8 +54,8 @@ class _Saved:
 
 
 class _Post:
-    """Where workers leave word for the driver, and it for them. Should its process be lost, what was
-    left there is: how far cells are, and a checkpoint or two."""
+    """Where workers leave word for the driver, and it for them. Should its process be lost, so is
+    what was left there: how far cells are, and a checkpoint or two."""
 
     def __init__(self) -> None:
         self.left: list[Event | _Saved] = []
