@@ -85,7 +85,7 @@ def dispatch(
             if one is None:
                 continue
             if isinstance(event, Began):
-                one.began = time.monotonic()
+                one.began = one.began or time.monotonic()
                 display.began(one.job.cell, event.where)
                 continue
             if isinstance(event, Moved):
