@@ -26,8 +26,9 @@ CELLS = (*QUICK, "--iterations", str(ITERATIONS), "--algos", "dawdling", "--seed
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     from ray.cluster_utils import Cluster
 
-    # Not to be judged by what else this machine holds in its memory.
+    # Not to be judged by what else this machine holds in its memory and does.
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     yield cluster
     ray.shutdown()
