@@ -108,6 +108,11 @@ class Display:
         """Cells start to be measured side by side."""
         self._work(f"measuring {', '.join(cell.algorithm for cell in cells)}", None)
 
+    def unmeasured(self, cells: Sequence[Cell]) -> None:
+        """Cells cannot be measured here."""
+        names = ", ".join(self.names[cell.id] for cell in cells)
+        self.console.print(f"not measured, for there is no {cells[0].device} here: {names}")
+
     def done(self, record: Record) -> None:
         """A cell is complete."""
         self.bars.advance(self.sweep)

@@ -154,6 +154,8 @@ def run(
             f"{folder} holds cells made by different source code; give another --out, or "
             "--accept-changed-code to put old and new side by side"
         )
+    if threads is not None and crew is None:
+        torch.set_num_threads(threads)
     with store.start(sweep), interruptible() as interrupted:
         store.recover(source)
         done, damaged = store.state(cells)  # asked now that no other run writes here
@@ -167,8 +169,6 @@ def run(
             [cell for cell in group if cell.id not in done | failed]
             for group in side_by_side(cells)
         ]
-        if threads is not None:
-            torch.set_num_threads(threads)
         try:
             if crew is None:
                 for group in groups:
@@ -315,6 +315,7 @@ def _measure(cells: Sequence[Cell], work: _Work) -> _Measured:
     """Measure cells side by side, without those with which it does not work."""
     ready, errors = list(cells), list[measure.MeasuringError]()
     if ready and not is_here(ready[0].device):
+        work.display.unmeasured(ready)
         return _Measured([(cell, None) for cell in ready], [])
     while ready:
         work.display.measuring(ready)

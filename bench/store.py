@@ -26,6 +26,8 @@ import numpy.typing as npt
 import pandas as pd
 import tomli_w
 
+import algorithms
+import datasets
 from bench.environment import environment
 from bench.errors import BenchError, DamagedError
 from bench.files import make_folder, storing, sync, write_table, write_text
@@ -416,8 +418,8 @@ def source_hash(plugin: Path | None = None) -> str:
     harness's own training, protocol and measurement, and a plug-in."""
     home = Path(__file__).resolve().parent
     decisive = [home / f"{name}.py" for name in ("sweep", "training", "protocol", "measure")]
-    for package in ("algorithms", "datasets"):
-        decisive += sorted((home.parent / package).rglob("*.py"))
+    for package in (algorithms, datasets):  # which need not lie beside this one
+        decisive += sorted(Path(str(package.__file__)).resolve().parent.rglob("*.py"))
     if plugin is not None:
         decisive.append(plugin)
     digest = hashlib.sha256()

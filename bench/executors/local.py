@@ -29,6 +29,8 @@ from bench.plugins import load_plugin
 from bench.sweep import Cell
 
 STOP = "stop"
+PATIENCE_SECONDS = 60.0
+"""How long the process of a run that was killed may take to notice."""
 GPUS = "CUDA_VISIBLE_DEVICES"
 ALL_THREADS = torch.get_num_threads()
 """As many as torch computes with unless told otherwise: OMP_NUM_THREADS, or the cores."""
@@ -199,7 +201,9 @@ def _serve(connection: Connection, data: Path, plugin: Path | None, threads: int
         job = asked.get()
         connection.send(Began(job.cell.id, where))
         watch = Telling(job.cell, connection.send)
-        outcome = make_alone(data.parent, job, sources, plugin, threads, watch, stopped.is_set)
+        outcome = make_alone(
+            data.parent, PATIENCE_SECONDS, job, sources, plugin, threads, watch, stopped.is_set
+        )
         ended = Ended(job.cell.id, outcome)
         connection.send(ended)
         if _unsound(ended):

@@ -33,6 +33,8 @@ SPARE = 10
 """Minutes beyond ``--cell-timeout``, which is the one to end a cell, before Slurm ends its job."""
 GIB = 2**30
 STOP = "stop"
+AS_LONG_AS_IT_TAKES = -1.0
+"""To wait for the job of a run that was killed: it cannot notice, and comes to the same."""
 ASK_SECONDS = 1.0
 
 
@@ -155,7 +157,16 @@ class _Make(submitit.helpers.Checkpointable):  # type: ignore[misc]
         sources = Sources(None, False, parcel.read(self.folder / "data"))
         watch = Telling(job.cell, lambda moved: None)
         interrupted = _Asking(self.folder / STOP)
-        return make_alone(self.folder, job, sources, self.plugin, self.threads, watch, interrupted)
+        return make_alone(
+            self.folder,
+            AS_LONG_AS_IT_TAKES,
+            job,
+            sources,
+            self.plugin,
+            self.threads,
+            watch,
+            interrupted,
+        )
 
 
 class _Asking:

@@ -19,8 +19,6 @@ from bench.training import Progress
 
 TELL_SECONDS = 0.5
 """How often, at most, a worker tells how far a cell is."""
-LOCK_SECONDS = 60.0
-"""How long the process that made a cell before may take to be gone."""
 
 
 class Telling:
@@ -85,6 +83,7 @@ def make(
 
 def make_alone(
     locks: Path,
+    patience: float,
     job: Job,
     sources: Sources,
     plugin: Path | None,
@@ -93,8 +92,13 @@ def make_alone(
     interrupted: Callable[[], bool],
 ) -> Outcome:
     """The same where processes share a disk: not while another, which was taken for lost or whose
-    run was killed, is still at it. There is a lock for each cell in the folder ``locks``."""
-    lock = filelock.FileLock(locks / f"{job.cell.id}.lock", timeout=LOCK_SECONDS)
+    run was killed, is still at it.
+
+    Args:
+        locks: a folder that gets a lock for each cell.
+        patience: seconds to wait for the other; negative for as long as it takes.
+    """
+    lock = filelock.FileLock(locks / f"{job.cell.id}.lock", timeout=patience)
     try:
         with lock:
             return make(job, sources, plugin, threads, watch, interrupted)
