@@ -102,6 +102,6 @@ class Dawdling(algorithms.get("maml")):
     summary = "MAML that takes its time, enough to be interrupted"
 
     def meta_gradient(self, tasks):
-        if self.progress < 1.0:
+        if self.progress < 1.0 and self.name != os.environ.get("MENDED"):
             time.sleep(0.05)
         return super().meta_gradient(tasks)
