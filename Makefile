@@ -9,7 +9,7 @@ ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench soak many-cells gpu-check clean
+.PHONY: help venv demo test check bench soak many-cells gpu-check cluster-test clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make soak   20,000 meta-iterations, and what grows meanwhile"
 	@echo "make many-cells   how long a run of 5,000 cells takes to read"
 	@echo "make venv   the environment alone, in .venv"
+	@echo "make cluster-test  Ray and Slurm's stand-ins, whose packages it installs; several minutes"
 
 venv: .venv/ready
 
@@ -56,6 +57,10 @@ many-cells: venv
 gpu-check: venv
 	$(BIN)/python -m pytest -m gpu -rs
 	$(BIN)/python -m bench run --algos maml,fomaml,anil,reptile --iterations 50 --out results/gpu-check
+
+cluster-test: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,slurm]'
+	$(BIN)/python -m pytest -rs tests/clusters/ray_cluster.py tests/clusters/slurm_cluster.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
-from bench.errors import BenchError
+from bench.errors import BenchError, StorageError
 from bench.plugins import load_plugin
 from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, varied
 from datasets import DatasetError
@@ -32,11 +32,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-AXES, TRAINING, EVALUATION, PLACES = (
+AXES, TRAINING, EVALUATION, PLACES, EXECUTION = (
     "Axes, each a comma-separated list",
     "Training; each algorithm has defaults of its own for each dataset",
     "Evaluation",
     "Where things are",
+    "Where cells are trained",
 )
 
 
@@ -54,6 +55,15 @@ def _evaluation(help: str) -> Any:
 
 def _place(help: str) -> Any:
     return typer.Option(help=help, rich_help_panel=PLACES, show_default=False)
+
+
+def _execution(help: str, **limits: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=EXECUTION, show_default=False, **limits)
+
+
+RETRY_FAILED = typer.Option(
+    "--retry-failed", help="Do again what failed before; else it is left as it is."
+)
 
 
 @app.command(
@@ -151,6 +161,42 @@ def run(
             rich_help_panel=PLACES,
         ),
     ] = False,
+    executor: Annotated[
+        Literal["local", "ray", "slurm"] | None,
+        _execution(
+            "local: processes on this machine; ray, slurm: a cluster. Default: this process, one "
+            "cell after another."
+        ),
+    ] = None,
+    jobs: Annotated[int | None, _execution("Cells at a time. Default: 1.", min=1)] = None,
+    address: Annotated[
+        str | None, _execution("Of a Ray cluster. Default: one on this machine alone.")
+    ] = None,
+    cell_cpus: Annotated[
+        int | None,
+        _execution(
+            "Threads that a cell computes with. Default: a fair share; on a cluster, 1.", min=1
+        ),
+    ] = None,
+    cell_gpus: Annotated[
+        float | None, _execution("GPUs of a cell on a cluster; 0.5 for two on one.", min=0)
+    ] = None,
+    cell_memory: Annotated[
+        float | None, _execution("GiB of memory to set aside for a cell on a cluster.", min=0)
+    ] = None,
+    cell_timeout: Annotated[
+        float | None,
+        _execution("Seconds after which a cell has failed; in a process of its own.", min=0),
+    ] = None,
+    measure_beside_work: Annotated[
+        bool,
+        typer.Option(
+            "--measure-beside-work",
+            help="Measure time and memory while other cells are trained; else afterwards, alone.",
+            rich_help_panel=EXECUTION,
+        ),
+    ] = False,
+    retry_failed: Annotated[bool, RETRY_FAILED] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and roughly how long they take.")
     ] = False,
@@ -159,15 +205,27 @@ def run(
 
     For example: python -m bench run --algos maml,fomaml --shots 1,5
     """
-    from bench import distributed, runner
-    from bench.progress import Display, challenge_notes, reuse_notes, summary_table
-
     given = {name: value for name, value in locals().items() if value not in (None, False)}
     known = (*Sweep.model_fields, *OPTIONS)
+    from bench import distributed, runner
+    from bench.executors import hire
+    from bench.making import Sources
+    from bench.progress import Display, challenge_notes, reuse_notes, summary_table
+
     sweep = read_sweep(config, {name: value for name, value in given.items() if name in known})
+    crew = hire(
+        executor,
+        jobs=jobs,
+        address=address,
+        cpus=cell_cpus,
+        gpus=cell_gpus,
+        memory_gib=cell_memory,
+        cell_timeout=cell_timeout,
+        measure_beside_work=measure_beside_work,
+    )
     load_plugin(sweep.plugin)
     cells = sweep.cells()
-    sources = runner.Sources(sweep.data_root, sweep.download)
+    sources = Sources(sweep.data_root, sweep.download)
     console = Console()
     team = distributed.join()
     if team.rank:
@@ -175,7 +233,7 @@ def run(
     folder = out or runner.default_folder(cells)
     with distributed.led(team):
         with console.status("reading the data and checking gradients"):
-            runner.check(runner.left(cells, folder), sources, team.size)
+            runner.check(runner.left(cells, folder), sources, team.size, crew)
         for note in sweep.notes():
             console.print(note)
         if dry_run:
@@ -184,7 +242,12 @@ def run(
             return _print_plan(cells, seconds, console)
         try:
             display = Display(console)
-            summary = runner.run(sweep, cells, sources, folder, display, accept_changed_code, team)
+            summary = runner.run(
+                *(sweep, cells, sources, folder, display, accept_changed_code, team),
+                crew=crew,
+                threads=cell_cpus,
+                retry_failed=retry_failed,
+            )
         except KeyboardInterrupt:
             console.print(f"interrupted; the same command goes on from here (results in {folder})")
             raise
@@ -193,7 +256,7 @@ def run(
     console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
     for note in [*reuse_notes(mine), *challenge_notes(mine)]:
         console.print(note)
-    if (mine["status"] == "failed").any():
+    if (mine["status"] != "complete").any():
         console.print(f"why cells failed: {folder / 'failures.json'}")
         raise typer.Exit(1)
 
@@ -256,7 +319,7 @@ def search(
     """
     given = {name: value for name, value in locals().items() if value not in (None, False)}
     from bench import search as searches
-    from bench.runner import Sources
+    from bench.making import Sources
 
     asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
     sweep = read_sweep(config, asked)
@@ -396,12 +459,14 @@ def reproduce(
             rich_help_panel=PLACES,
         ),
     ] = False,
+    retry_failed: Annotated[bool, RETRY_FAILED] = False,
 ) -> None:
     """Obtain a published result: train as its paper did, and hold ours against theirs.
 
     For example: python -m bench reproduce maml-omniglot-5w1s --scale 0.03
     """
     from bench import reproduction, runner
+    from bench.making import Sources
     from bench.progress import Display
 
     found = reproduction.read(recipe)
@@ -409,7 +474,7 @@ def reproduce(
         raise BenchError(f"--keep: {keep} is not a folder")
     places = {"data_root": data_root, "download": download}
     sweeps = found.sweeps(scale, seeds=seeds, devices=devices, **places)
-    sources = runner.Sources(data_root, download)
+    sources = Sources(data_root, download)
     console = Console()
     folder = out or Path("results") / found.name
     with console.status("reading the data and checking gradients"):
@@ -419,13 +484,19 @@ def reproduce(
     try:
         for name, sweep in sweeps.items():
             place, display = folder / name, Display(console)
-            runner.run(sweep, cells[name], sources, place, display, accept_changed_code)
+            runner.run(
+                *(sweep, cells[name], sources, place, display, accept_changed_code),
+                retry_failed=retry_failed,
+            )
     except KeyboardInterrupt:
         console.print(f"interrupted; the same command goes on from here (results in {folder})")
         raise
     outcome = reproduction.outcome(found, scale, cells, folder)
     if outcome is None:
-        console.print(f"cells failed, so there is no verdict; why: failures.json in {folder}")
+        console.print(
+            f"cells failed, so there is no verdict; why: failures.json in {folder}; "
+            "--retry-failed does them again"
+        )
         raise typer.Exit(1)
     written = outcome.write(keep)
     for line in [*outcome.lines(), *(f"written:    {path}" for path in written)]:
@@ -492,13 +563,17 @@ def list_recipes() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
-    0 for success, 1 where a cell failed, 2 for bad input (one line on stderr), 130 for Ctrl-C.
+    0 for success, 1 where a cell failed or the disk is full, 2 for bad input, 130 for Ctrl-C; a
+    full disk and bad input get one line on stderr.
     """
+    status = 2
     try:
-        status = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-        return int(status or 0)
+        ended = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return int(ended or 0)
     except (BenchError, AlgorithmError, DatasetError) as error:
         message = str(error)
+    except StorageError as error:
+        status, message = 1, str(error)
     except typer.TyperException as error:
         message = error.format_message()
     except typer.Exit as error:
@@ -509,4 +584,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if message and leads():  # a command without arguments has printed its help
         print(f"bench: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

@@ -55,6 +55,8 @@ two entrants do not share is named beside their difference."""
 MEASURED = ("phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session")
 MOST_LEFT_OUT = 10
 """Pairs that are named where they cannot be compared for the same reason."""
+MOST_NAMED = 10
+"""Cells without a score that are named."""
 COUNTS = ("samples_per_step", "gradients_per_step")
 """What other settings come to."""
 RESOLUTION: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
@@ -131,7 +133,9 @@ def read(folder: Path) -> tuple[list[Result], list[str]]:
     run = Run(folder)
     if not run.cells.is_dir():
         raise BenchError(f"there is no run in {folder}: it has no cells/")
-    results = [result for result in in_threads(partial(_whole, run), run.records()) if result]
+    results = [
+        result for result in in_threads(partial(_whole, run), run.records(thorough=True)) if result
+    ]
     damaged = sorted(set(run.cell_ids()) - {result.cell.id for result in results})
     if not results:
         also = f"; {len(damaged)} are damaged" if damaged else ""
@@ -169,6 +173,15 @@ def damage_notes(folder: Path, damaged: Sequence[str]) -> list[str]:
         return []
     names = ", ".join(damaged)
     return [f"skipped, for they are damaged: {names} in {folder}; the same 'run' makes them again"]
+
+
+def left_out_notes(folder: Path) -> list[str]:
+    """A line that names the cells that came to nothing, if there are any."""
+    lost = Run(folder).left_out()
+    if not lost:
+        return []
+    more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+    return [f"left out, for they have no score: {', '.join(lost[:MOST_NAMED])}{more} in {folder}"]
 
 
 # Results -> entrants
@@ -439,7 +452,7 @@ def compare(folders: Sequence[Path], accept_changed_code: bool = False) -> Compa
     for folder in folders:
         found, damaged = read(folder)
         results += found
-        notes += damage_notes(folder, damaged)
+        notes += [*damage_notes(folder, damaged), *left_out_notes(folder)]
     return compared(results, notes, accept_changed_code)
 
 

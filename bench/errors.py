@@ -9,3 +9,33 @@ class BenchError(ValueError):
 class CellError(RuntimeError):
     """A cell that could not be brought to its end, such as one whose loss is no longer finite. It
     is recorded as failed with this reason, and the other cells go on."""
+
+
+class DivergedError(CellError):
+    """A meta-training whose loss is no longer finite; it stops there.
+
+    Attributes:
+        iteration: the one, from 1, after which it was so.
+    """
+
+    def __init__(self, what: str, iteration: int) -> None:
+        super().__init__(what, iteration)
+        self.iteration = iteration
+
+    def __str__(self) -> str:
+        return f"diverged: {self.args[0]} at iteration {self.iteration}"
+
+
+class StorageError(OSError):
+    """A result that could not be written, as on a full disk: no other cell could be kept either.
+    Ends a command with exit status 1 and one line; what is complete stays."""
+
+    def __str__(self) -> str:
+        return (
+            f"cannot write {self.filename}: {self.strerror}; once that is mended, the same command "
+            "goes on from here"
+        )
+
+
+class DamagedError(ValueError):
+    """A file of a run that is not as it was written; the message says which, and what is wrong."""

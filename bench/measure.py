@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -248,7 +248,7 @@ def measure(
         meta-step with so many.
 
     Raises:
-        CellError: a process that failed.
+        MeasuringError: a process that failed; it says which cell's.
     """
     rows: list[list[dict[str, Any]]] = [[] for _ in cells]
     with ExitStack() as stack:
@@ -295,15 +295,35 @@ def headline(performance: pd.DataFrame) -> dict[str, Any]:
     return {name: float(value) for name, value in figures.items() if not pd.isna(value)}
 
 
+class MeasuringError(CellError):
+    """A cell that could not be measured.
+
+    Attributes:
+        cell: which.
+    """
+
+    def __init__(self, cell: Cell, why: str) -> None:
+        super().__init__(why)
+        self.cell = cell
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The process that answers questions about a cell."""
+
+    cell: Cell
+    connection: Connection
+
+
 @contextmanager
-def _subject(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[Connection]:
+def _subject(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_Asked]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, cell, root, plugin), daemon=True)
     process.start()
     theirs.close()
     try:
-        yield ours
+        yield _Asked(cell, ours)
     finally:
         ours.close()
         process.join(timeout=5)
@@ -321,20 +341,22 @@ def _serve(connection: Connection, cell: Cell, root: Path | None, plugin: Path |
         while True:
             name, *arguments = connection.recv()
             connection.send(("done", getattr(subject, name)(*arguments)))
-    except EOFError:
-        pass
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # it has hung up, or is no more
     except Exception as error:
         connection.send(("failed", f"{type(error).__name__}: {error}"))
 
 
-def _ask(subject: Connection, *question: Any) -> Any:
+def _ask(subject: _Asked, *question: Any) -> Any:
     try:
-        subject.send(question)
-        if not subject.poll(PATIENCE_SECONDS):
-            raise CellError(f"the measuring process did not answer in {PATIENCE_SECONDS:.0f} s")
-        status, answer = subject.recv()
+        subject.connection.send(question)
+        if not subject.connection.poll(PATIENCE_SECONDS):
+            why = f"the measuring process did not answer in {PATIENCE_SECONDS:.0f} s"
+            raise MeasuringError(subject.cell, why)
+        status, answer = subject.connection.recv()
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        raise CellError("the measuring process died; perhaps of too little memory") from error
+        why = "the measuring process died; perhaps of too little memory"
+        raise MeasuringError(subject.cell, why) from error
     if status == "failed":
-        raise CellError(f"measuring failed: {answer}")
+        raise MeasuringError(subject.cell, f"measuring failed: {answer}")
     return answer

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bench.comparison import Row
+from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
 from bench.tables import COUNTS, Tables, varying
 
@@ -38,7 +39,9 @@ def markdown(
     lines = [f"## {_md(name)}", "", INTERVALS, "", _md_row(titles)]
     lines.append("|---|---|" + "---:|" * (len(titles) - 2))
     for _, row in board.head(ROWS).iterrows():
-        failed = "**failed**" if row["seeds"] == 0 else _md(headline(row))
+        score = f"**{scoreless(row)}**" if row["seeds"] == 0 else _md(headline(row))
+        if row["seeds"] and row["failed"]:
+            score += f" (without {lost(row)})"
         memory = row["peak_memory_bytes"] / 2**20
         time, spread = _number(row["step_ms"], 1), _number(row.get("step_ms_iqr", math.nan), 1)
         time = f"{time} ({spread})" if spread else time
@@ -46,7 +49,7 @@ def markdown(
             _md_row(
                 [_md(task_name(row, board)), _md(row["label"])]
                 + [_md(plain(row[setting])) for setting in settings]
-                + [failed, *(_number(row[count], 0) for count in COUNTS), time]
+                + [score, *(_number(row[count], 0) for count in COUNTS), time]
                 + [_number(memory, 0)]
             )
         )
@@ -128,6 +131,9 @@ def _caption(board: pd.DataFrame, compared: bool) -> str:
     if not models.empty:
         start = HALF if seeds.empty else "$^\\dagger$: one seed, interval"
         parts.append(f"{start} over test episodes (this trained model on new tasks).")
+    less = [f"{tex(row['label'])}: {lost(row)}" for _, row in board.iterrows() if row["failed"]]
+    if less:
+        parts.append(f"Without seeds that came to nothing ({'; '.join(dict.fromkeys(less))}).")
     if compared:
         parts.append("Bold: the best mean, and what is not told apart from it (Holm, 5\\%).")
     return " ".join(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
+from bench.failures import lost
 from bench.files import whole
 from bench.stats import mean_interval
 from bench.sweep import PLACE, in_order, told_apart
@@ -71,7 +74,10 @@ def draw_all(summary: pd.DataFrame, folder: Path, swept: Sequence[str] = ()) -> 
             for row, own in zip(rows, told_apart(rows), strict=True)
         ]
     )
-    return save(accuracy(complete), folder / "accuracy")
+    without = summary[summary["status"] != "complete"]
+    counts = Counter(zip(without["algorithm"], without["status"], strict=True))
+    left_out = ", ".join(f"{name} ({n} {status})" for (name, status), n in counts.items())
+    return save(accuracy(complete, left_out), folder / "accuracy")
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
@@ -106,17 +112,18 @@ def intervals(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return pd.DataFrame(rows, columns=[*keys, "mean", "ci95"]), meaning
 
 
-def accuracy(summary: pd.DataFrame) -> Figure:
+def accuracy(summary: pd.DataFrame, left_out: str = "") -> Figure:
     """A summary's scores by algorithm and shots."""
-    return scores_by_shots(*intervals(summary))
+    return scores_by_shots(*intervals(summary), left_out)
 
 
-def scores_by_shots(scores: pd.DataFrame, meaning: str) -> Figure:
+def scores_by_shots(scores: pd.DataFrame, meaning: str, left_out: str = "") -> Figure:
     """Accuracy (or error) by algorithm and shots, a panel a dataset and number of ways.
 
     Args:
         scores: columns as :func:`intervals` gives them.
         meaning: what the intervals speak of.
+        left_out: which cells have no score, and why.
     """
     sns.set_theme(style="whitegrid", font_scale=0.9, rc=THIN)
     algorithms = list(dict.fromkeys(scores["algorithm"]))
@@ -130,7 +137,10 @@ def scores_by_shots(scores: pd.DataFrame, meaning: str) -> Figure:
         _panel(axis, panel, algorithms)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    figure.supxlabel(f"shots; bars: 95% intervals {meaning}", fontsize="small")
+    below = f"shots; bars: 95% intervals {meaning}"
+    if left_out:
+        below += "\n" + textwrap.fill(f"left out: {left_out}", 80)
+    figure.supxlabel(below, fontsize="small")
     return figure
 
 
@@ -181,8 +191,10 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
     scores = board.assign(algorithm=board["label"], ci95=half)
     overs = set(board["over"])
     meaning = OVERS[overs.pop()] if len(overs) == 1 else "over seeds, or over episodes for one seed"
+    less = tables.leaderboard[tables.leaderboard["failed"] > 0]
+    left_out = ", ".join(f"{row['label']} ({lost(row)})" for _, row in less.iterrows())
     figures = {
-        "accuracy": scores_by_shots(scores, meaning),
+        "accuracy": scores_by_shots(scores, meaning, left_out),
         "adaptation": adaptation(board, tables.adaptation),
         "learning": learning(board, tables.learning, "iteration"),
         "learning_seconds": learning(board, tables.learning, "seconds"),

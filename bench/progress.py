@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -25,6 +28,15 @@ from bench.training import Progress as TrainingProgress
 
 LINE_SECONDS = 30.0
 """How often a console that cannot redraw (a log file) is given a line."""
+
+
+@dataclass
+class _Elsewhere:
+    """A cell that another process makes."""
+
+    bar: TaskID
+    where: str
+    far: str = "begun"
 
 
 class Display:
@@ -47,17 +59,28 @@ class Display:
         self.sweep = self.bars.add_task("cells", total=None, note="")
         self.work = self.bars.add_task("", total=None, note="", visible=False)
         self.names: dict[str, str] = {}
+        self.elsewhere: dict[str, _Elsewhere] = {}
         self.label = ""
         self.last_line = time.monotonic()
 
-    def begin(self, cells: Sequence[Cell], done: int) -> None:
-        """The sweep starts; ``done`` cells were there already."""
+    def begin(self, cells: Sequence[Cell], done: int, failed: int = 0) -> None:
+        """The sweep starts; so many cells were there already, or had failed before and are let
+        be."""
         self.names = names(cells)
         total = len(cells)
-        self.bars.update(self.sweep, total=total, completed=done)
+        self.bars.update(self.sweep, total=total, completed=done + failed)
         self.bars.start()
         if done:
             self.console.print(f"{done} of {total} cells are done already")
+        if failed:
+            self.console.print(
+                f"{failed} of {total} cells failed before; --retry-failed does them again"
+            )
+
+    def damaged(self, reasons: Mapping[str, str]) -> None:
+        """Cells were found damaged, and will be made again; by id, why."""
+        for cell_id, reason in reasons.items():
+            self.console.print(f"{self.names[cell_id]} is damaged ({reason}): it is made again")
 
     def end(self) -> None:
         """The sweep has ended."""
@@ -86,6 +109,11 @@ class Display:
         """Cells start to be measured side by side."""
         self._work(f"measuring {', '.join(cell.algorithm for cell in cells)}", None)
 
+    def unmeasured(self, cells: Sequence[Cell]) -> None:
+        """Cells cannot be measured here."""
+        names = ", ".join(self.names[cell.id] for cell in cells)
+        self.console.print(f"not measured, for there is no {cells[0].device} here: {names}")
+
     def done(self, record: Record) -> None:
         """A cell is complete."""
         self.bars.advance(self.sweep)
@@ -98,7 +126,41 @@ class Display:
     def failed(self, cell: Cell, reason: str) -> None:
         """A cell came to nothing."""
         self.bars.advance(self.sweep)
-        self.console.print(f"[red]{self.names[cell.id]} failed:[/red] {reason}")
+        self.console.print(f"[red]{self.names[cell.id]} failed:[/red] {escape(reason)}")
+
+    # Cells that other processes make, several at a time.
+
+    def began(self, cell: Cell, where: str) -> None:
+        """A cell is being made, somewhere."""
+        self.left(cell)
+        bar = self.bars.add_task(f"{self.names[cell.id]} on {where}", total=None, note="")
+        self.elsewhere[cell.id] = _Elsewhere(bar, where)
+
+    def moved(self, cell: Cell, stage: str, done: int, total: int, note: str) -> None:
+        """A cell is so far in one of its stages."""
+        if (one := self.elsewhere.get(cell.id)) is None:
+            return
+        one.far = f"{stage} {done}/{total}"
+        self.bars.update(one.bar, completed=done, total=total, note=f"{stage}  {note}")
+        if self._line_is_due():
+            for cell_id, other in self.elsewhere.items():
+                self.console.print(f"{self.names[cell_id]} on {other.where}: {other.far}")
+
+    def left(self, cell: Cell) -> None:
+        """A cell is no longer being made."""
+        if (one := self.elsewhere.pop(cell.id, None)) is not None:
+            self.bars.remove_task(one.bar)
+
+    def lost(self, cell: Cell, how: str) -> None:
+        """The process that made a cell is gone, and another goes on with it."""
+        self.console.print(f"{self.names[cell.id]} goes on from its checkpoint: {escape(how)}")
+
+    def _line_is_due(self) -> bool:
+        now = time.monotonic()
+        due = not self.console.is_terminal and now - self.last_line > LINE_SECONDS
+        if due:
+            self.last_line = now
+        return due
 
     def _work(self, label: str, total: int | None) -> None:
         self.label, self.total = label, total
@@ -106,9 +168,7 @@ class Display:
 
     def _advance(self, completed: int, note: str) -> None:
         self.bars.update(self.work, completed=completed, note=note)
-        now = time.monotonic()
-        if not self.console.is_terminal and now - self.last_line > LINE_SECONDS:
-            self.last_line = now
+        if self._line_is_due():
             self.console.print(f"{self.label} {completed}/{self.total} {note}")
 
 
@@ -166,7 +226,7 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
             row["algorithm"],
             f"{row['dataset']} {row['ways']}w{row['shots']}s",
             *("" if pd.isna(row[name]) else str(row[name]) for name in varying),
-            score(row) if complete else "[red]failed[/red]",
+            score(row) if complete else f"[red]{came_to_nothing(row)}[/red]",
             milliseconds(row["step_ms"], row["step_ms_iqr"]),
             milliseconds(row["eval_ms_per_episode"], row["eval_ms_per_episode_iqr"]),
             "" if pd.isna(peak) else f"{peak / 2**20:.0f}",
@@ -180,6 +240,13 @@ def _varies(name: str, summary: pd.DataFrame) -> bool:
     if name == "train_shots" and (summary["train_shots"] == summary["shots"]).all():
         return False
     return bool(summary[name].nunique(dropna=False) > 1)
+
+
+def came_to_nothing(row: pd.Series | dict[str, object]) -> str:
+    """What to show for the score of a cell that has none."""
+    if row["status"] == "diverged":
+        return f"diverged at {row['diverged_at']:.0f}"
+    return str(row["status"])
 
 
 def reuse_notes(summary: pd.DataFrame) -> list[str]:

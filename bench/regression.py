@@ -21,7 +21,7 @@ from bench.comparison import Entrant, Result, damage_notes, differing, read
 from bench.errors import BenchError
 from bench.measure import CALIBRATION, EVALUATION, STEP
 from bench.stats import Floats, Interval, episodes_to_resolve, non_inferiority
-from bench.store import Run
+from bench.store import Run, outcome
 from bench.sweep import told_apart
 
 Verdict = Literal["ok", "worse", "not ruled out", "too noisy"]
@@ -177,7 +177,11 @@ def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 1
     notes = damage_notes(folder, damaged) + damage_notes(baseline, damaged_before)
     findings: list[Finding] = []
     failures = Run(folder).failures()
-    failed = [str(result.cell) for result in before if result.cell.id in failures]
+    failed = [
+        f"{result.cell} ({outcome(failures[result.cell.id])['status']})"
+        for result in before
+        if result.cell.id in failures
+    ]
     notes += [f"in {folder} alone: {name}" for name in alone[0]]
     notes += [f"in {baseline} alone: {name}" for name in alone[1]]
     for setting, group in _by_setting(pairs).items():

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from bench import findings, paper, plots, tables
 from bench.comparison import Comparison, Row, compared
 from bench.errors import BenchError
+from bench.failures import lost, scoreless
 from bench.files import write_text
 from bench.findings import Task
 from bench.measure import GROWTH_TASKS
@@ -384,10 +385,10 @@ def _score_cells(
     row: pd.Series[Any], with_unit: bool, bounds: tuple[float, float] | None
 ) -> list[Shown]:
     """Score, bar, both half widths and the seeds."""
-    lost = f" ({row['failed']} failed)" if row["failed"] else ""
-    seeds = Shown(f"{row['seeds']}{lost}", row["seeds"], "failed" if lost else "")
+    less = f" ({lost(row)})" if row["failed"] else ""
+    seeds = Shown(f"{row['seeds']}{less}", row["seeds"], "failed" if less else "")
     if bounds is None or row["seeds"] == 0:
-        return [Shown("failed", "", "failed"), *[Shown("")] * 4, seeds]
+        return [Shown(scoreless(row), "", "failed"), *[Shown("")] * 4, seeds]
     scale, digits = (100, 1) if row["metric"] == "accuracy" else (1, 3)
     unit = "" if not with_unit else " %" if row["metric"] == "accuracy" else " mse"
     mean = Shown(f"{scale * row['mean']:.{digits}f}{unit}", f"{scale * row['mean']:.6g}", "score")
@@ -553,7 +554,15 @@ def _said(value: Any) -> str:
 def _settings(board: pd.DataFrame) -> dict[str, Any]:
     """Every setting of every entry; those that nobody changed from nothing are left out."""
     outcomes = {"entry", "label", "metric", "mean", "ci95", *HALF_WIDTHS, "low"}
-    outcomes |= {"high", "over", "failed", "seeds", *COSTS, *(f"pareto_{name}" for name in COSTS)}
+    outcomes |= {
+        "high",
+        "over",
+        "failed",
+        "diverged",
+        "seeds",
+        *COSTS,
+        *(f"pareto_{name}" for name in COSTS),
+    }
     outcomes |= {"algorithm", *MEASURED, *(f"{name}_iqr" for name in COSTS)}
     names = [str(n) for n in board if n not in outcomes and board[n].notna().any()]
     return {

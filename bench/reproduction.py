@@ -343,16 +343,16 @@ class Outcome:
 
     def learning(self) -> list[float]:
         """Score on training tasks after adaptation, the mean over each tenth of the training."""
-        cells = Run(self.folder).cells
-        logs = [pd.read_parquet(cells / record.cell.id / TRAINING) for record in self.records]
+        run = Run(self.folder)
+        logs = [run.table(record.cell, TRAINING) for record in self.records]
         metric = self.unit * np.mean([log["metric"] for log in logs], axis=0)
         return [float(part.mean()) for part in np.array_split(metric, 10) if part.size]
 
     def core_hours(self) -> float:
         """Processor time of a seed's training: that of a measured meta-step, times the iterations.
         Unlike seconds, it does not grow with what else the machine had to do."""
-        cells = Run(self.folder).cells
-        logs = [pd.read_parquet(cells / record.cell.id / PERFORMANCE) for record in self.records]
+        run = Run(self.folder)
+        logs = [run.table(record.cell, PERFORMANCE) for record in self.records]
         steps = pd.concat(log[log["phase"] == STEP] for log in logs)
         return float(steps["process_seconds"].median()) * self.records[0].cell.iterations / 3600
 
@@ -394,7 +394,10 @@ def outcome(
     recipe: Recipe, scale: float, cells: dict[str, list[Cell]], folder: Path
 ) -> Outcome | None:
     """What a recipe's sweeps came to; None where a cell is missing."""
-    found = {name: [Run(folder / name).record(c.id) for c in each] for name, each in cells.items()}
+    found = {
+        name: [Run(folder / name).record(c.id, thorough=True) for c in each]
+        for name, each in cells.items()
+    }
     if not all(record for each in found.values() for record in each):
         return None
     records = [record for record in found[""] if record]

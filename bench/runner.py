@@ -3,65 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import signal
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 
 import datasets
-from algorithms import Algorithm
-from algorithms.verification import verify
-from bench import measure, plots, stats
+from algorithms import AlgorithmError
+from bench import measure, plots
+from bench.dispatch import dispatch, employed
 from bench.distributed import ALONE, Team
 from bench.errors import BenchError, CellError
-from bench.files import write_text
+from bench.executors import Crew, Job, Kit
+from bench.failures import Failure, failure_of
+from bench.files import write_table
+from bench.making import Sources, check_gradient, train_and_evaluate
 from bench.progress import Display
-from bench.protocol import after_last_step, evaluate
-from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_hash
+from bench.protocol import evaluate
+from bench.store import PERFORMANCE, Run, source_hash
 from bench.sweep import Cell, Sweep
-from bench.training import build, hyperparameters, train, validation_interval, write_tensors
-from datasets import Source
+from bench.training import build, train, validation_interval
+from datasets import DatasetError
 
-GRADIENT_TOLERANCE = 1e-8
-"""How far, relatively, an engine's gradient may be from the reference's in float64."""
-
-
-class Sources:
-    """The splits that a sweep needs, each read once and put on a device once."""
-
-    def __init__(self, root: Path | None, download: bool) -> None:
-        self.root = root
-        self.download = download
-        self._held: dict[tuple[str, str, str], Source] = {}
-
-    def get(self, dataset: str, split: str, device: str) -> Source | None:
-        """A split on a device; None if the dataset has no such split."""
-        kind = datasets.get(dataset)
-        if split not in kind.splits:
-            return None
-        if (dataset, split, "cpu") not in self._held:
-            source = kind(root=self.root, download=self.download).load(split)
-            self._held[dataset, split, "cpu"] = source
-        if (dataset, split, device) not in self._held:
-            self._held[dataset, split, device] = self._held[dataset, split, "cpu"].to(device)
-        return self._held[dataset, split, device]
-
-    def require(self, dataset: str, split: str, device: str) -> Source:
-        """A split that every dataset has."""
-        source = self.get(dataset, split, device)
-        if source is None:
-            raise BenchError(f"{dataset} has no {split} split")
-        return source
+WORKERS = ".workers"
+"""In a run's folder: what the processes that train its cells are given."""
 
 
 def default_folder(cells: list[Cell]) -> Path:
@@ -77,14 +49,21 @@ def left(cells: list[Cell], folder: Path) -> list[Cell]:
     return [cell for cell in cells if cell.id not in complete]
 
 
-def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
+def check(
+    cells: list[Cell], sources: Sources, processes: int = 1, crew: Crew | None = None
+) -> None:
     """Find out what cannot work before anything is written.
 
     Raises:
         BenchError, AlgorithmError, DatasetError: the first fault found, as one line.
     """
+    if crew is not None and processes > 1:
+        raise BenchError(f"torchrun and --executor {crew.name} each start processes; use one")
     for device in {cell.device for cell in cells}:
-        check_device(device)
+        if crew is None or not crew.afar:
+            check_device(device)
+    if crew is not None:
+        crew.check(cells)
     for cell in {cell.seedless_id: cell for cell in cells}.values():
         precision = cell.hyperparameters.get("precision", "float32")
         if precision != "float32" and not cell.device.startswith("cuda"):
@@ -112,7 +91,12 @@ def check(cells: list[Cell], sources: Sources, processes: int = 1) -> None:
             cell.model_copy(update={"device": "cpu"}), sources.require(cell.dataset, "train", "cpu")
         )
     for cell in {_computed(cell): cell for cell in cells}.values():
-        check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))
+        try:
+            check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))
+        except (BenchError, AlgorithmError, DatasetError):
+            raise
+        except Exception as error:
+            raise BenchError(f"{failure_of(error).line}, when {cell} was tried out") from error
 
 
 def _computed(cell: Cell) -> tuple[Any, ...]:
@@ -121,48 +105,22 @@ def _computed(cell: Cell) -> tuple[Any, ...]:
     return (cell.algorithm, cell.dataset, cell.ways, cell.shots, cell.model, str(own))
 
 
-def check_gradient(
-    cell: Cell, source: Source, algorithm: Algorithm | None = None, tasks: int = 2
-) -> float:
-    """Compare the meta-gradient of the engine that will run with the reference's, in float64.
-
-    Args:
-        cell: the settings.
-        source: training data.
-        algorithm: with the parameters to do it at; None for those that the training begins with.
-        tasks: of the batch that decides.
-
-    Returns:
-        The relative error; 0 for the reference itself.
-
-    Raises:
-        BenchError: they differ by more than rounding.
-    """
-    batch = source.batch(cell.train_spec(0), range(tasks))
-    if algorithm is None:
-        algorithm = build(cell.model_copy(update={"device": "cpu"}), source)
-        algorithm.evaluate(batch, 0)  # what it cannot do, it says here
-    if algorithm.engine == "higher":
-        return 0.0
-    settings = hyperparameters(cell, source)
-    error = verify(cell.algorithm, algorithm.model, batch, settings, engine=algorithm.engine)
-    if not error < GRADIENT_TOLERANCE:
-        raise BenchError(
-            f"{cell.algorithm}'s gradient by the {algorithm.engine} engine is {error:.1e} from "
-            "that by higher; use --engine higher"
-        )
-    return error
-
-
 def check_device(name: str) -> None:
     """Raise :class:`BenchError` for a device that is not there."""
-    try:
-        torch.zeros(1, device=torch.device(name))
-    except (RuntimeError, AssertionError, NotImplementedError):
+    if not is_here(name):
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():
             there.append("mps")
-        raise BenchError(f"there is no device {name!r}; there are {', '.join(there)}") from None
+        raise BenchError(f"there is no device {name!r}; there are {', '.join(there)}")
+
+
+def is_here(name: str) -> bool:
+    """Whether a device is there."""
+    try:
+        torch.zeros(1, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
 
 
 def run(
@@ -173,6 +131,10 @@ def run(
     display: Display,
     accept_changed_code: bool = False,
     team: Team = ALONE,
+    *,
+    crew: Crew | None = None,
+    threads: int | None = None,
+    retry_failed: bool = False,
 ) -> pd.DataFrame:
     """Bring every cell of a sweep to its end.
 
@@ -184,6 +146,9 @@ def run(
         display: is told what happens.
         accept_changed_code: put cells beside such as other source made.
         team: the processes that train together; this one leads them.
+        crew: the processes that train one cell each; None trains them in this one.
+        threads: that this one computes with; None for torch's own choice.
+        retry_failed: do again what failed before; else it is skipped, too.
 
     Returns:
         The run's summary.
@@ -193,18 +158,32 @@ def run(
     """
     store = Run(folder)
     source = source_hash(sweep.plugin)
-    known = {record.cell.id: record for record in store.records()}
-    if not accept_changed_code and any(r.source != source for r in known.values()):
+    if not accept_changed_code and any(r.source != source for r in store.records()):
         raise BenchError(
             f"{folder} holds cells made by different source code; give another --out, or "
             "--accept-changed-code to put old and new side by side"
         )
+    if threads is not None and crew is None:
+        torch.set_num_threads(threads)
     with store.start(sweep), interruptible() as interrupted:
+        store.recover(source)
+        done, damaged = store.state(cells)  # asked now that no other run writes here
         work = _Work(sweep, store, source, sources, display, interrupted, team)
-        display.begin(cells, done=sum(cell.id in known for cell in cells))
+        failed = {cell.id for cell in cells if cell.id in store.failures()} - done
+        if retry_failed:
+            failed = set()
+        display.begin(cells, done=len(done), failed=len(failed))
+        display.damaged(damaged)
+        groups = [
+            [cell for cell in group if cell.id not in done | failed]
+            for group in side_by_side(cells)
+        ]
         try:
-            for group in side_by_side(cells):
-                _run_group([cell for cell in group if cell.id not in known], work)
+            if crew is None:
+                for group in groups:
+                    _run_group(group, work)
+            else:
+                _run_by(crew, groups, work)
         finally:
             display.end()
         summary = store.write_summary()
@@ -224,10 +203,15 @@ class _Work:
     interrupted: Interrupted
     team: Team
 
-    def failed(self, cell: Cell, line: str, reason: str = "") -> None:
+    def failed(self, cell: Cell, failure: Failure) -> None:
         """Note that a cell failed, and say so in one line."""
-        self.store.fail(cell, reason or line)
-        self.display.failed(cell, line)
+        self.store.fail(cell, failure.reason, failure.diverged_at)
+        self.display.failed(cell, failure.line)
+
+    def trained(self, cell: Cell, figures: dict[str, Any]) -> dict[str, Any]:
+        """Note that a cell has only to be measured."""
+        self.store.note_trained(cell, self.source, figures)
+        return figures
 
 
 def side_by_side(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
@@ -248,89 +232,121 @@ def side_by_side(cells: Sequence[Cell]) -> Iterator[list[Cell]]:
 def _run_group(cells: list[Cell], work: _Work) -> None:
     """Train and evaluate cells that are compared, then measure them side by side."""
     trained: dict[str, dict[str, Any]] = {}
-    ready: list[Cell] = []
     for cell in cells:
-        with _failures_noted(cell, work):
-            trained[cell.id] = _train_and_evaluate(cell, work)
-            ready.append(cell)
-    if not ready:
-        return
-    work.display.measuring(ready)
-    try:
-        measured = measure.measure(ready, work.sweep.data_root, work.sweep.plugin)
-    except CellError as error:
-        for cell in ready:
-            work.failed(cell, str(error))
-        return
-    for cell, performance in zip(ready, measured, strict=True):
-        performance.to_parquet(work.store.workplace(cell) / PERFORMANCE, index=False)
-        figures = trained[cell.id] | measure.headline(performance)
-        work.display.done(work.store.complete(cell, work.source, figures))
+        try:
+            trained[cell.id] = _train_here(cell, work)
+        except (Exception, SystemExit) as error:
+            work.failed(cell, failure_of(error))
+            # The others are in the midst of the cell, and cannot go on.
+            if work.team.size > 1 and not isinstance(error, CellError | BenchError):
+                raise
+    _complete(_measure([cell for cell in cells if cell.id in trained], work), trained, work)
     if work.interrupted():
         raise KeyboardInterrupt
 
 
-def _train_and_evaluate(cell: Cell, work: _Work) -> dict[str, Any]:
-    """Make all of a cell but its measurements, in its workplace; returns its figures."""
-    source, sources, team = work.source, work.sources, work.team
-    workplace = work.store.workplace(cell)
-    noted = workplace / "trained.json"
-    try:
-        before: dict[str, Any] = json.loads(noted.read_text(encoding="utf-8"))
-        if before["source"] == source:
-            figures: dict[str, Any] = before["figures"]
-            return figures
-    except (OSError, ValueError, KeyError):
-        pass
-    work.display.training(cell)
-    team.told(cell)
-    train_source = sources.require(cell.dataset, "train", cell.device)
-    algorithm, log = train(
+def _train_here(cell: Cell, work: _Work) -> dict[str, Any]:
+    """Train and evaluate a cell in this process, unless it has only to be measured."""
+    before = work.store.trained(cell, work.source)
+    if before is not None:
+        return before
+    figures = train_and_evaluate(
         cell,
-        train_source,
-        sources.get(cell.dataset, "val", cell.device),
-        workplace / "training.safetensors",
-        source=source,
-        report=work.display.iteration,
+        work.store.workplace(cell),
+        work.sources,
+        work.display,
+        source=work.source,
+        verify_gradients=work.sweep.verify_gradients,
         interrupted=work.interrupted,
-        team=team,
+        team=work.team,
     )
-    log.frame().to_parquet(workplace / TRAINING, index=False)
-    write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
-    test = sources.require(cell.dataset, cell.test_spec.split, cell.device)
-    work.display.evaluating(cell)
-    scores = evaluate(
-        *(algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps),
-        advanced=work.display.episode,
-        team=team,
-    )
-    scores.to_parquet(workplace / SCORES, index=False)
-    values = after_last_step(scores).to_numpy()
-    interval = stats.mean_interval(values)
-    figures = {
-        "metric": "accuracy" if test.outputs is None else "mse",
-        "mean": interval.estimate,
-        "ci95": interval.half_width,
-        "train_seconds": sum(log.seconds),
-        "engine": algorithm.engine,
-        "episode_address": cell.test_spec.address,
-        "sample_reuse": test.reuse(cell.test_spec, cell.episodes),
-        **_over_classes(values, test.classes_of(cell.test_spec, cell.episodes)),
-    }
-    if work.sweep.verify_gradients:
-        figures["gradient_error"] = check_gradient(cell, train_source, algorithm, cell.meta_batch)
-    write_text(noted, json.dumps({"source": source, "figures": figures}))
-    return figures
+    return work.trained(cell, figures)
 
 
-def _over_classes(values: npt.ArrayLike, classes: npt.NDArray[np.int64] | None) -> dict[str, float]:
-    """The interval for tasks of new classes, where the classes tell it."""
-    if classes is None:
-        return {}
-    try:
-        return {"ci95_classes": stats.class_interval(values, classes).half_width}
-    except ValueError:  # every two episodes share equally many: a split of as many classes as ways
-        return {}
+def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
+    """Have cells trained and evaluated by other processes, several at a time, and then measure
+    them here, side by side in their groups; nothing else runs meanwhile, unless asked to."""
+    trained: dict[str, dict[str, Any]] = {}
+    jobs: list[Job] = []
+    for cell in (cell for group in groups for cell in group):
+        before = work.store.trained(cell, work.source)
+        if before is None:
+            place = work.store.workplace(cell)
+            jobs.append(Job(cell, place, work.source, work.sweep.verify_gradients))
+        else:
+            trained[cell.id] = before
+    sources = work.sources.of(job.cell for job in jobs)
+    kit = Kit(sources, work.sweep.plugin, work.store.folder / WORKERS)
+    left = {job.cell.id for job in jobs}
+
+    def ready(group: list[Cell]) -> list[Cell]:
+        return [cell for cell in group if cell.id in trained]
+
+    with ThreadPoolExecutor(max_workers=1) as measurer, ExitStack() as at_end:
+        at_end.callback(measurer.shutdown, wait=False, cancel_futures=True)
+        beside: list[Future[_Measured]] = []
+        with employed(crew, kit, jobs):
+            for cell, outcome in dispatch(crew, jobs, work.display, work.interrupted):
+                if isinstance(outcome, Failure):
+                    work.failed(cell, outcome)
+                else:
+                    trained[cell.id] = work.trained(cell, outcome)
+                left.remove(cell.id)
+                if not crew.measure_beside_work:
+                    continue
+                for group in [g for g in groups if not left & {cell.id for cell in g}]:
+                    groups.remove(group)
+                    beside.append(measurer.submit(_measure, ready(group), work))
+                while beside and beside[0].done():
+                    _complete(beside.pop(0).result(), trained, work)
+        for measured in beside:
+            _complete(measured.result(), trained, work)
+    for group in groups:
+        _complete(_measure(ready(group), work), trained, work)
+        if work.interrupted():
+            raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Cells that took turns in being measured, and what came of it.
+
+    Attributes:
+        performance: of each cell; None where it was not measured, for want of its device.
+        errors: of the cells that could not be measured.
+    """
+
+    performance: list[tuple[Cell, pd.DataFrame | None]]
+    errors: list[measure.MeasuringError]
+
+
+def _measure(cells: Sequence[Cell], work: _Work) -> _Measured:
+    """Measure cells side by side, without those with which it does not work."""
+    ready, errors = list(cells), list[measure.MeasuringError]()
+    if ready and not is_here(ready[0].device):
+        work.display.unmeasured(ready)
+        return _Measured([(cell, None) for cell in ready], [])
+    while ready:
+        work.display.measuring(ready)
+        try:
+            found = measure.measure(ready, work.sweep.data_root, work.sweep.plugin)
+            return _Measured(list(zip(ready, found, strict=True)), errors)
+        except measure.MeasuringError as error:
+            errors.append(error)
+            ready.remove(error.cell)
+    return _Measured([], errors)
+
+
+def _complete(measured: _Measured, trained: Mapping[str, dict[str, Any]], work: _Work) -> None:
+    """Make cells that were measured results of the run."""
+    for error in measured.errors:
+        work.failed(error.cell, failure_of(error))
+    for cell, performance in measured.performance:
+        figures = trained[cell.id]
+        if performance is not None:
+            write_table(work.store.workplace(cell) / PERFORMANCE, performance)
+            figures = figures | measure.headline(performance)
+        work.display.done(work.store.complete(cell, work.source, figures))
 
 
 def follow(sources: Sources, team: Team) -> None:
@@ -346,21 +362,6 @@ def follow(sources: Sources, team: Team) -> None:
                 algorithm, _ = train(mine, train_source, val_source, None, team=team)
                 settings = (mine.test_spec, mine.episodes, mine.eval_steps)
                 evaluate(algorithm, test, *settings, team=team)
-
-
-@contextmanager
-def _failures_noted(cell: Cell, work: _Work) -> Iterator[None]:
-    """Record what goes wrong in a cell, so that the others can go on."""
-    try:
-        yield
-    except (CellError, BenchError) as error:
-        work.failed(cell, str(error))
-    except (RuntimeError, MemoryError) as error:
-        work.failed(
-            cell, f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
-        )
-        if work.team.size > 1:  # the others are in the midst of the cell, and cannot go on
-            raise
 
 
 class Interrupted:
@@ -405,6 +406,8 @@ def estimate_seconds(cells: list[Cell], sources: Sources) -> dict[str, float]:
 
 
 def _estimate(cell: Cell, sources: Sources) -> float:
+    if not is_here(cell.device):
+        raise BenchError(f"--dry-run times a few steps, and there is no {cell.device} here")
     subject = measure.Subject(cell, sources.require(cell.dataset, "train", cell.device))
     subject.once(measure.STEP, 0)
     step = subject.once(measure.STEP, 1)["seconds"]

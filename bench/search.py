@@ -22,8 +22,9 @@ import pandas as pd
 import tomli_w
 
 from bench.errors import BenchError, CellError
-from bench.files import whole, write_text
-from bench.runner import Sources, check_device, check_gradient, interruptible
+from bench.files import write_table, write_text
+from bench.making import Sources, check_gradient
+from bench.runner import check_device, interruptible
 from bench.store import source_hash, to_json
 from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
 from bench.training import Progress, build, train
@@ -364,8 +365,7 @@ def _write_table(trials: list[Trial], folder: Path) -> None:
     frame = pd.DataFrame(rows).drop(columns=["source", "validations"])
     table = pd.concat([frame, pd.DataFrame(own)], axis=1)
     write_text(folder / "trials.csv", table.to_csv(index=False))
-    with whole(folder / "trials.parquet") as aside:
-        table.to_parquet(aside, index=False)
+    write_table(folder / "trials.parquet", table)
 
 
 def _write_best(search: Search, algorithm: str, found: list[Trial], folder: Path) -> Path | None:

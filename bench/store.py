@@ -2,17 +2,24 @@
 
 A cell is made in ``cells/.<id>`` and renamed to ``cells/<id>`` once all of it is there, so that a
 reader never meets half a cell, and a crash leaves what a resumed run goes on from.
+
+``cell.json`` holds its own checksum and those of the cell's other files. A listing looks at the
+former and at the files' sizes; whoever reads a table checks that table; a run that goes on, a
+report and a comparison check every byte (``thorough``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +30,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import tomli_w
 
+import algorithms
+import datasets
 from bench.environment import environment
-from bench.errors import BenchError
-from bench.files import whole, write_text
+from bench.errors import BenchError, DamagedError
+from bench.files import make_folder, storing, sync, write_table, write_text
 from bench.sweep import Cell, Sweep, in_order, varied
 
 SCORES = "episodes.parquet"
@@ -33,6 +42,11 @@ TRAINING = "training.parquet"
 PERFORMANCE = "performance.parquet"
 CHECKPOINT = "checkpoint.safetensors"
 RECORD = "cell.json"
+FILES = (SCORES, TRAINING, PERFORMANCE, CHECKPOINT)
+REQUIRED = (SCORES, TRAINING, CHECKPOINT)
+"""Of :data:`FILES`, those without which there is no cell."""
+TRAINED = "trained.json"
+"""In a workplace: the figures of a cell that has only to be measured."""
 
 READERS = 4
 """Files that are read at a time."""
@@ -57,6 +71,7 @@ SUMMARY_COLUMNS = (
         "step_joules",
         "gradient_error",
         "sample_reuse",
+        "diverged_at",
     ),
 )
 
@@ -99,44 +114,89 @@ class Run:
         Raises:
             BenchError: a folder that cannot be written, or that another run is using.
         """
+        asked = sweep.model_dump(mode="json", exclude_none=True)
+        lock = filelock.FileLock(self.folder / ".lock", timeout=0)
         try:
-            self.cells.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.folder / ".lock", timeout=0)
-            lock.acquire()
+            make_folder(self.cells)
+            lock.acquire()  # the system's own, which ends with its process, however that ends
+            write_text(self.folder / "sweep.toml", tomli_w.dumps(asked))
+            write_text(self.folder / "environment.json", to_json(environment(sweep)))
         except filelock.Timeout as error:
             raise BenchError(f"{self.folder} is in use by another run") from error
-        except OSError as error:
-            raise BenchError(f"cannot write to {self.folder}: {error.strerror}") from error
-        asked = sweep.model_dump(mode="json", exclude_none=True)
-        write_text(self.folder / "sweep.toml", tomli_w.dumps(asked))
-        write_text(self.folder / "environment.json", to_json(environment(sweep)))
+        except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
+            lock.release()
+            reason = getattr(error, "strerror", None) or error
+            raise BenchError(f"cannot write to {self.folder}: {reason}") from error
         return lock
 
     def workplace(self, cell: Cell) -> Path:
         """The folder in which a cell is being made."""
         folder = self.cells / f".{cell.id}"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         return folder
+
+    def note_trained(self, cell: Cell, source: str, figures: dict[str, Any]) -> None:
+        """Note the figures of the cell in its workplace, which has only to be measured."""
+        workplace = self.workplace(cell)
+        contents = {"source": source, "figures": figures}
+        write_text(workplace / TRAINED, to_json(_sealed(contents, workplace)))
+
+    def trained(self, cell: Cell, source: str) -> dict[str, Any] | None:
+        """What :meth:`note_trained` noted; None where it did not, or not of this source, or where
+        a file has changed since."""
+        try:
+            noted = _opened(self.workplace(cell), TRAINED)
+            _verify(self.workplace(cell), noted)
+        except (OSError, ValueError):
+            return None
+        figures: dict[str, Any] = noted["figures"]
+        return figures if noted["source"] == source else None
 
     def complete(self, cell: Cell, source: str, figures: dict[str, Any]) -> Record:
         """Make the cell in its workplace one of the run's results."""
-        record = Record(cell, source, figures)
         workplace = self.workplace(cell)
         contents = {"settings": cell.model_dump(), "source": source, "figures": figures}
-        write_text(workplace / RECORD, to_json(contents))
-        for leftover in (workplace / "training.safetensors", workplace / "trained.json"):
-            leftover.unlink(missing_ok=True)
-        final = self.cells / cell.id
-        if final.exists():  # damaged, or the cell would have been skipped
-            shutil.rmtree(final)
-        workplace.rename(final)
+        write_text(workplace / RECORD, to_json(_sealed(contents, workplace)))
+        # From here on all of the cell is on the disk: what a crash interrupts, recover() ends.
         self.forgive(cell)
-        return record
+        self._publish(cell)
+        return Record(cell, source, figures)
 
-    def fail(self, cell: Cell, reason: str) -> None:
-        """Note that a cell failed; it is tried again when the run is resumed."""
-        failures = self.failures() | {cell.id: {"settings": cell.model_dump(), "reason": reason}}
-        write_text(self.folder / "failures.json", to_json(failures))
+    def recover(self, source: str) -> None:
+        """End what a crash left between a cell's being whole and its having its name."""
+        for workplace in self.cells.glob(".*"):
+            try:
+                record = _record(workplace, workplace.name[1:], thorough=True)
+            except (OSError, DamagedError):
+                continue
+            if record.source == source:
+                self.forgive(record.cell)
+                self._publish(record.cell)
+
+    def _publish(self, cell: Cell) -> None:
+        """Give the cell in its workplace, with all of its files and no others, its name."""
+        workplace, final = self.workplace(cell), self.cells / cell.id
+        with storing(final):
+            for path in workplace.iterdir():
+                if path.name not in (RECORD, *FILES):
+                    path.unlink()
+            if final.exists():  # damaged, or the cell would have been skipped
+                shutil.rmtree(final)
+            workplace.rename(final)
+            sync(self.cells)
+
+    def fail(self, cell: Cell, reason: str, diverged_at: int | None = None) -> None:
+        """Note that a cell came to nothing, and why.
+
+        Args:
+            cell: which.
+            reason: in words, with the traceback where there is one.
+            diverged_at: the iteration at which its training diverged, if it did.
+        """
+        failure: dict[str, Any] = {"settings": cell.model_dump(), "reason": reason}
+        if diverged_at is not None:
+            failure["diverged_at"] = diverged_at
+        write_text(self.folder / "failures.json", to_json(self.failures() | {cell.id: failure}))
 
     def forgive(self, cell: Cell) -> None:
         """Forget an earlier failure of a cell."""
@@ -148,23 +208,52 @@ class Run:
         """Write ``summary.csv`` and ``summary.parquet`` from the cells that are there."""
         summary = self.summary()
         write_text(self.folder / "summary.csv", summary.to_csv(index=False))
-        with whole(self.folder / "summary.parquet") as aside:
-            summary.to_parquet(aside, index=False)
+        write_table(self.folder / "summary.parquet", summary)
         return summary
 
     # Reading.
 
-    def record(self, cell_id: str) -> Record | None:
+    def record(self, cell_id: str, thorough: bool = False) -> Record | None:
         """A complete cell, or None where it is absent or damaged."""
-        folder = self.cells / cell_id
         try:
-            written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            return self.sound(cell_id, thorough)
+        except (OSError, DamagedError):
+            return None
+
+    def sound(self, cell_id: str, thorough: bool = True) -> Record:
+        """A complete cell.
+
+        Args:
+            cell_id: which.
+            thorough: check every byte; else ``cell.json`` and the sizes of the other files.
+
+        Raises:
+            DamagedError: it is not as it was written.
+            OSError: a file that cannot be read.
+        """
+        return _record(self.cells / cell_id, cell_id, thorough)
+
+    def state(self, cells: Iterable[Cell]) -> tuple[set[str], dict[str, str]]:
+        """The ids of those of some cells that are complete, and what is wrong with those that are
+        damaged, every byte checked."""
+        done: set[str] = set()
+        damaged: dict[str, str] = {}
+        for cell in cells:
+            if (self.cells / cell.id).exists():
+                try:
+                    done.add(self.sound(cell.id).cell.id)
+                except (OSError, DamagedError) as error:
+                    damaged[cell.id] = str(error)
+        return done, damaged
+
+    def described(self, cell_id: str) -> Cell | None:
+        """What a cell's ``cell.json`` says that it is, whatever became of the other files."""
+        try:
+            written = _opened(self.cells / cell_id, RECORD)
             cell = Cell(**written["settings"])
-            record = Record(cell, written["source"], written["figures"])
-            whole = all((folder / name).stat().st_size for name in (SCORES, TRAINING, CHECKPOINT))
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return record if whole and cell.id == cell_id else None
+        return cell if cell.id == cell_id else None
 
     def cell_ids(self) -> list[str]:
         """Ids of the cells that have a folder, damaged ones too; none where there is no run."""
@@ -172,9 +261,10 @@ class Run:
             return []
         return sorted(path.name for path in self.cells.iterdir() if not path.name.startswith("."))
 
-    def records(self) -> list[Record]:
+    def records(self, thorough: bool = False) -> list[Record]:
         """The complete cells, in the order of their settings."""
-        records = [record for record in in_threads(self.record, self.cell_ids()) if record]
+        found = in_threads(partial(self.record, thorough=thorough), self.cell_ids())
+        records = [record for record in found if record]
         rows = {record.cell.id: record.cell.row() for record in records}
         order = ("dataset", "ways", "shots", "algorithm", "seed", *varied(rows.values()))
         return sorted(
@@ -189,12 +279,21 @@ class Run:
             return {}
         return failures
 
+    def left_out(self) -> list[str]:
+        """The cells that came to nothing, and how."""
+        found = []
+        for failure in self.failures().values():
+            how = outcome(failure)
+            at = f" at iteration {how['diverged_at']}" if "diverged_at" in how else ""
+            found.append(f"{Cell(**failure['settings'])} ({how['status']}{at})")
+        return found
+
     def summary(self) -> pd.DataFrame:
         """One row a cell, with the columns of :data:`SUMMARY_COLUMNS` and of :meth:`swept`."""
-        records, failed = self.records(), self._failed()
+        records, failed, failures = self.records(), self._failed(), self.failures()
         rows = [record.row() for record in records]
         rows += [
-            settings | {"cell_id": cell_id, "status": "failed"}
+            settings | {"cell_id": cell_id, **outcome(failures[cell_id])}
             for cell_id, settings in failed.items()
         ]
         swept = varied([*(record.cell.row() for record in records), *failed.values()])
@@ -215,7 +314,21 @@ class Run:
 
     def scores(self, cell: Cell) -> pd.DataFrame:
         """The episodes of a complete cell: ``episode``, ``step``, ``loss``, ``metric``."""
-        return pd.read_parquet(self.cells / cell.id / SCORES)
+        return self.table(cell, SCORES)
+
+    def table(self, cell: Cell, name: str) -> pd.DataFrame:
+        """One of the tables of a complete cell, by its file's name.
+
+        Raises:
+            DamagedError: it is not as it was written.
+            FileNotFoundError: the cell has no such table.
+        """
+        folder = self.cells / cell.id
+        contents = (folder / name).read_bytes()
+        files = _opened(folder, RECORD).get("files")
+        if files is not None and files.get(name) != _sum(contents):
+            raise DamagedError(f"{name} does not have its checksum")
+        return pd.read_parquet(io.BytesIO(contents))
 
     def scores_by_step(self, cell: Cell) -> npt.NDArray[np.float64]:
         """The metric of a complete cell, ``(episodes, steps + 1)``.
@@ -258,14 +371,104 @@ def in_threads(read: Callable[[Item], Found], items: Iterable[Item]) -> list[Fou
         return list(pool.map(read, items))
 
 
+def outcome(failure: dict[str, Any]) -> dict[str, Any]:
+    """The columns of the summary that say what a failure was: ``status``, which is ``failed`` or
+    ``diverged``, and then ``diverged_at``, an iteration."""
+    if "diverged_at" in failure:
+        return {"status": "diverged", "diverged_at": failure["diverged_at"]}
+    return {"status": "failed"}
+
+
+def _sealed(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Contents with the checksums of a cell's files in a folder, flushed to the disk, and with one
+    of all that, so that no change goes unseen."""
+    files = {}
+    for name in FILES:
+        if (folder / name).exists():
+            with storing(folder / name):
+                sync(folder / name)
+                files[name] = _sum((folder / name).read_bytes())
+    contents = json.loads(to_json(contents | {"files": files}))  # as it will be read
+    return contents | {"sha256": _seal(contents)}
+
+
+def _opened(folder: Path, name: str) -> dict[str, Any]:
+    """What :func:`_sealed` made; cells of before there were checksums count as sound.
+
+    Raises:
+        OSError: it cannot be read.
+        DamagedError: it is not as it was written.
+    """
+    try:
+        contents: dict[str, Any] = json.loads((folder / name).read_bytes())
+        seal = contents.pop("sha256", None)
+    except (ValueError, AttributeError) as error:
+        raise DamagedError(f"{name} is not JSON") from error
+    if seal != (_seal(contents) if "files" in contents else None):
+        raise DamagedError(f"{name} does not have its checksum")
+    return contents
+
+
+def _verify(folder: Path, contents: dict[str, Any]) -> None:
+    """Read every file that sealed contents speak of.
+
+    Raises:
+        OSError: one that cannot be read.
+        DamagedError: one that is not as it was written.
+    """
+    for name, known in contents.get("files", {}).items():
+        if _sum((folder / name).read_bytes()) != known:
+            raise DamagedError(f"{name} does not have its checksum")
+
+
+def _record(folder: Path, cell_id: str, thorough: bool) -> Record:
+    """The record of a whole cell in a folder.
+
+    Raises:
+        OSError: a file that cannot be read.
+        DamagedError: the cell is not whole.
+    """
+    sizes = {}
+    for name in (RECORD, *FILES):
+        with suppress(FileNotFoundError):
+            sizes[name] = (folder / name).stat().st_size
+    for name in (RECORD, *REQUIRED):
+        if not sizes.get(name):
+            raise DamagedError(f"{name} is absent or empty")
+    contents = _opened(folder, RECORD)
+    for name, known in contents.get("files", {}).items():
+        if sizes.get(name) != known["bytes"]:
+            raise DamagedError(f"{name} has {sizes.get(name, 0)} bytes, not {known['bytes']}")
+    try:
+        cell = Cell(**contents["settings"])
+        record = Record(cell, contents["source"], contents["figures"])
+    except (ValueError, KeyError, TypeError):
+        cell = None
+    if cell is None or cell.id != cell_id:
+        raise DamagedError(
+            f"{RECORD} does not describe this cell: it was changed, or made by another version"
+        )
+    if thorough:
+        _verify(folder, contents)
+    return record
+
+
+def _seal(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _sum(contents: bytes) -> dict[str, Any]:
+    return {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+
+
 def source_hash(plugin: Path | None = None) -> str:
     """A hash of the code that decides a cell's figures: the algorithms, the datasets and the
     harness's own training, protocol and measurement, and a plug-in."""
     home = Path(__file__).resolve().parent
     decisive = [home / f"{name}.py" for name in ("sweep", "training", "protocol", "measure")]
-    for package in ("algorithms", "datasets"):
-        decisive += sorted((home.parent / package).rglob("*.py"))
-        decisive += sorted((home.parent / package).rglob("*.c"))
+    for package in (algorithms, datasets):  # which need not lie beside this one
+        folder = Path(str(package.__file__)).resolve().parent
+        decisive += sorted((*folder.rglob("*.py"), *folder.rglob("*.c")))
     if plugin is not None:
         decisive.append(plugin)
     digest = hashlib.sha256()

@@ -7,13 +7,12 @@ Two entries are comparable in so far as their settings agree; the settings that 
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,20 +20,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from bench.comparison import Entrant, Result, entrants, labels, result
-from bench.errors import BenchError
+from bench.errors import BenchError, DamagedError
 from bench.measure import GROWTH
 from bench.plots import COSTS
 from bench.stats import Over, mean_interval
-from bench.store import (
-    CHECKPOINT,
-    RECORD,
-    SCORES,
-    TRAINING,
-    Record,
-    Run,
-    in_threads,
-    read_columns,
-)
+from bench.store import TRAINING, Record, Run, in_threads, outcome, read_columns
 from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
 
 SETTING = ("dataset", "ways", "shots", "device")
@@ -66,9 +56,10 @@ class Tables:
 
     Attributes:
         leaderboard: one row an entry, better ones first within a setting: ``entry``, ``label``, the
-            settings, ``seeds``, ``failed`` (seeds that failed), ``metric``, ``mean``, the half
-            widths ``ci_seeds``, ``ci_episodes`` and ``ci95_classes``, the headline interval
-            ``low``, ``high`` and what it is ``over``, the costs, and ``pareto_<cost>``.
+            settings, ``seeds``, ``failed`` (seeds that came to nothing), ``diverged`` (those of
+            them whose training diverged), ``metric``, ``mean``, the half widths ``ci_seeds``,
+            ``ci_episodes`` and ``ci95_classes``, the headline interval ``low``, ``high`` and what
+            it is ``over``, the costs, and ``pareto_<cost>``.
         adaptation: ``entry``, ``step``, ``mean``, ``low``, ``high``: after 0, 1, ... inner
             steps, with the interval over episodes (these trained models, on new tasks).
         learning: ``entry``, ``of`` (training or validation), ``iteration``, ``seconds``, ``mean``,
@@ -78,8 +69,8 @@ class Tables:
         sensitivity: ``entry``, ``axis`` (a setting that was swept), ``value``, ``line`` (what is
             held fixed: the algorithm and its other swept settings), ``mean`` and the headline
             interval's ``low`` and ``high``.
-        faults: cells that are not here: ``cell``, ``status`` (failed, damaged, missing) and
-            ``reason``.
+        faults: cells that are not here: ``cell``, ``status`` (failed, diverged, damaged, missing)
+            and ``reason``.
         sweep: what was asked, where ``sweep.toml`` says.
         results: the cells that all this is of.
     """
@@ -122,17 +113,17 @@ def read(run: Run) -> Tables:
         raise BenchError(f"{run.folder} is not a run: it has neither cells nor a sweep.toml")
     loaded, faults = _load_all(run)
     failed = list(_failures(run))
-    faults += [(str(cell), "failed", reason) for cell, reason in failed]
+    faults += [(str(cell), status, reason) for cell, status, reason in failed]
     try:
         sweep = read_sweep(run.folder / "sweep.toml", {})
     except BenchError as error:
         sweep = None
         faults.append(("sweep.toml", "damaged", str(error)))
     if sweep is not None:
-        there = [one.record.cell for one in loaded] + [cell for cell, _ in failed]
+        there = [one.record.cell for one in loaded] + [cell for cell, *_ in failed]
         faults += [(name, "missing", "not made yet") for name in missing(sweep, there)]
     groups = _groups(loaded)
-    leaderboard = _leaderboard(groups, [cell for cell, _ in failed])
+    leaderboard = _leaderboard(groups, [(cell, status) for cell, status, _ in failed])
     members = {i: groups[key] for i, key in enumerate(leaderboard["key"]) if key is not None}
     return Tables(
         leaderboard.drop(columns="key"),
@@ -151,35 +142,25 @@ def read(run: Run) -> Tables:
 
 def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
     """The cells that can be read, and the faults of those that cannot."""
-    records = {record.cell.id: record for record in run.records()}
     loaded, faults = [], []
-    whole = dict(zip(records, in_threads(partial(_load, run), records.values()), strict=True))
-    for name in run.cell_ids():
-        found = whole.get(name)
-        if found is None:
-            faults.append((f"cells/{name}", "damaged", _damage(run.cells / name)))
-        elif isinstance(found, str):
-            faults.append((f"{records[name].cell} (cells/{name})", "damaged", found))
+    names = run.cell_ids()
+    for name, found in zip(names, in_threads(partial(_load, run), names), strict=True):
+        if isinstance(found, str):
+            cell, place = run.described(name), f"cells/{name}"
+            faults.append((f"{cell} ({place})" if cell else place, "damaged", found))
         else:
             loaded.append(found)
     return loaded, faults
 
 
-def _damage(folder: Path) -> str:
-    """Why a cell's folder gives no record."""
-    for name in (RECORD, SCORES, TRAINING, CHECKPOINT):
-        path = folder / name
-        if not path.is_file() or path.stat().st_size == 0:
-            return f"{name} is absent or empty"
-    try:
-        json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{RECORD} is not JSON"
-    return f"{RECORD} does not describe this cell: it was changed, or made by another version"
-
-
-def _load(run: Run, record: Record) -> _Loaded | str:
+def _load(run: Run, cell_id: str) -> _Loaded | str:
     """A cell's tables, or what is wrong with them."""
+    try:
+        record = run.sound(cell_id)
+    except DamagedError as error:
+        return str(error)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
     cell, figures = record.cell, record.figures
     try:
         if figures.get("metric") not in ("accuracy", "mse") or not math.isfinite(figures["mean"]):
@@ -226,12 +207,14 @@ def _curve(training: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]
     }
 
 
-def _failures(run: Run) -> Iterator[tuple[Cell, str]]:
-    """The cells that failed, and why; what cannot be read is skipped (the cell is then missing)."""
+def _failures(run: Run) -> Iterator[tuple[Cell, str, str]]:
+    """The cells that came to nothing, whether they failed or diverged, and why; what cannot be read
+    is skipped (the cell is then missing)."""
     failures = run.failures()
     for failure in failures.values() if isinstance(failures, dict) else []:
         try:
-            yield Cell(**failure["settings"]), str(failure["reason"])
+            cell, reason = Cell(**failure["settings"]), str(failure["reason"])
+            yield cell, outcome(failure)["status"], reason
         except (KeyError, TypeError, ValueError):
             continue
 
@@ -281,19 +264,24 @@ def _settings(cell: Cell) -> dict[str, Any]:
     return settings | cell.hyperparameters
 
 
-def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -> pd.DataFrame:
+def _leaderboard(
+    groups: dict[Entrant, list[_Loaded]], failed: Sequence[tuple[Cell, str]]
+) -> pd.DataFrame:
     """One row an entrant, in ``key``, and one, without a key, for failed cells that have none."""
     failures: dict[str, list[Cell]] = {}
-    for cell in failed:
+    for cell, _ in failed:
         failures.setdefault(cell.seedless_id, []).append(cell)
+    diverged = Counter(cell.seedless_id for cell, status in failed if status == "diverged")
     names = labels(list(groups))
     rows: list[dict[str, Any]] = []
     for entrant, group in groups.items():
-        lost = failures.pop(group[0].record.cell.seedless_id, [])
-        rows.append({"key": entrant, "label": names[entrant], **_entry(group), "failed": len(lost)})
-    for cells in failures.values():
+        kind = group[0].record.cell.seedless_id
+        counts = {"failed": len(failures.pop(kind, [])), "diverged": diverged[kind]}
+        rows.append({"key": entrant, "label": names[entrant], **_entry(group), **counts})
+    for kind, cells in failures.items():
         cell = cells[0]
-        failure = {"key": None, "label": cell.algorithm, "seeds": 0, "failed": len(cells)}
+        counts = {"failed": len(cells), "diverged": diverged[kind]}
+        failure = {"key": None, "label": cell.algorithm, "seeds": 0, **counts}
         rows.append(failure | _settings(cell))
     columns = [
         "key",
@@ -303,6 +291,7 @@ def _leaderboard(groups: dict[Entrant, list[_Loaded]], failed: Sequence[Cell]) -
         *FAIRNESS,
         "seeds",
         "failed",
+        "diverged",
         "metric",
         "mean",
     ]

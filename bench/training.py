@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -12,14 +13,14 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import algorithms
 from algorithms import Algorithm, models
 from bench.distributed import ALONE, Team
-from bench.errors import CellError
-from bench.files import whole
+from bench.errors import CellError, DamagedError, DivergedError
+from bench.files import write_bytes
 from bench.protocol import after_last_step, evaluate
 from bench.sweep import Cell, stream_seed
 from datasets import EpisodeLoader, Source
@@ -106,7 +107,7 @@ def train(
         The algorithm with the parameters that are kept, and the log.
 
     Raises:
-        CellError: a loss that is not finite.
+        DivergedError: a loss, in training or validation, that is not finite.
     """
     run = _Training(cell, build(cell, train_source), source, team)
     if checkpoint is not None:
@@ -177,20 +178,17 @@ class _Training:
         self.log.metric.append(metric)
         self.log.seconds.append(time.perf_counter() - began)
         if not abs(loss) < float("inf"):
-            raise CellError(f"diverged: the loss is {loss} at iteration {iteration + 1}")
+            raise DivergedError(f"the loss is {loss}", iteration + 1)
         return Progress(iteration + 1, loss, metric)
 
     def validate(self, source: Source, iteration: int) -> float:
         """Score on validation episodes, and keep the parameters if they are the best so far."""
         cell = self.cell
-        scores = evaluate(
-            self.algorithm,
-            source,
-            cell.val_spec,
-            cell.val_episodes,
-            cell.eval_steps,
-            team=self.team,
-        )
+        settings = (cell.val_spec, cell.val_episodes, cell.eval_steps)
+        try:
+            scores = evaluate(self.algorithm, source, *settings, team=self.team)
+        except CellError as error:
+            raise DivergedError(f"in validation, {error},", iteration + 1) from error
         metric = float(after_last_step(scores).mean())
         better = max if source.outputs is None else min
         if not self.log.val_metric or better(metric, *self.log.val_metric) == metric:
@@ -221,7 +219,7 @@ class _Training:
         """Go on from a checkpoint; one that cannot be read counts as none."""
         try:
             tensors = read_tensors(path, cell=self.cell.id, source=self.source)
-        except (OSError, SafetensorError, ValueError):
+        except (OSError, ValueError):
             return
         self.load(tensors)
 
@@ -260,20 +258,37 @@ def meta_lr(cell: Cell, iteration: int) -> float:
 
 
 def write_tensors(tensors: State, path: Path, **notes: str) -> None:
-    """Write tensors and notes to a safetensors file, whole or not at all."""
+    """Write tensors and notes to a safetensors file, whole or not at all, with a checksum."""
     contiguous = {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
-    with whole(path) as aside:
-        save_file(contiguous, aside, metadata={"notes": json.dumps(notes)})
+    sealed = notes | {"sha256": _digest(contiguous, notes)}
+    write_bytes(path, save(contiguous, metadata={"notes": json.dumps(sealed)}))
 
 
 def read_tensors(path: Path, **notes: str) -> State:
     """Read what :func:`write_tensors` wrote.
 
     Raises:
+        OSError: it cannot be read.
+        DamagedError: it is not as it was written.
         ValueError: the notes are other ones.
     """
-    with safe_open(path, framework="pt") as file:
-        written = json.loads((file.metadata() or {}).get("notes", "{}"))
-        if written != notes:
-            raise ValueError(f"{path} belongs to {written}")
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = json.loads((file.metadata() or {}).get("notes", "{}"))
+            tensors: State = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise DamagedError(f"{path} cannot be read: {error}") from error
+    if written.pop("sha256", None) not in (None, _digest(tensors, written)):  # None: an older file
+        raise DamagedError(f"{path} does not have its checksum")
+    if written != notes:
+        raise ValueError(f"{path} belongs to {written}")
+    return tensors
+
+
+def _digest(tensors: State, notes: dict[str, str]) -> str:
+    """A checksum of all that a file of tensors says."""
+    digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

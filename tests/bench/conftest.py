@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import datasets
-from bench import measure
+from bench import measure, runner
 from bench.cli import main
 from bench.plugins import load_plugin
 from bench.sweep import Cell, Sweep
@@ -89,3 +89,12 @@ def bench(
         return status, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the measurements, each of which takes a process that has to import torch."""
+    monkeypatch.setattr(
+        "bench.runner._measure",
+        lambda cells, work: runner._Measured([(cell, None) for cell in cells], []),
+    )

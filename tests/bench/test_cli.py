@@ -139,14 +139,75 @@ def test_a_dry_run_prints_the_cells_and_writes_nothing(bench, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_cell_is_recorded_and_the_others_go_on(bench, tmp_path: Path) -> None:
-    status, out, _ = bench("run", "--algos", "diverging,maml", *QUICK, "--out", "r")
+def test_a_training_that_diverges_is_shown_as_such_and_left_out(bench, tmp_path: Path) -> None:
+    status, out, _ = bench("run", "--algos", "diverging,maml,fomaml", *QUICK, "--out", "r")
     assert status == 1
-    assert "diverged: the loss is nan at iteration 1" in out
+    assert "seed 0 failed: diverged: the loss is nan at iteration 1" in out
+    assert re.search(r"diverging +tiny 5w1s .*diverged at 1", out)
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index("algorithm")
+    assert summary["status"].to_dict() == {
+        "maml": "complete",
+        "fomaml": "complete",
+        "diverging": "diverged",
+    }
+    assert summary.loc["diverging", "diverged_at"] == 1
+    assert pd.isna(summary.loc["diverging", "mean"])
+    assert "left out: diverging (1 diverged)" in (
+        (tmp_path / "r" / "figures" / "accuracy.svg").read_text()
+    )
+    _, out, _ = bench("compare", "r")
+    assert "1 comparisons" in out
+    left_out = "diverging tiny 5-way 1-shot seed 0 (diverged at iteration 1) in r"
+    assert f"left out, for they have no score: {left_out}" in out
+
+
+def test_what_goes_wrong_in_a_cell_is_noted_the_others_go_on_and_it_is_let_be_until_asked_for(
+    bench, tmp_path: Path, unmeasured, monkeypatch
+) -> None:
+    asked = ("run", "--algos", "raising,leaving,greedy,hazy,maml", *QUICK, "--out", "r")
+    assert bench(*asked)[0] == 1
     summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index("algorithm")
     assert summary.loc["maml", "status"] == "complete"
-    assert summary.loc["diverging", "status"] == "failed"
-    assert pd.isna(summary.loc["diverging", "mean"])
+    assert set(summary.drop("maml")["status"]) == {"failed"}
+    reasons = {
+        f["settings"]["algorithm"]: f["reason"] for f in Run(tmp_path / "r").failures().values()
+    }
+    assert "KeyError: 'no such key'" in reasons["raising"]
+    assert "SystemExit: 3" in reasons["leaving"]
+    assert "RuntimeError" in reasons["greedy"]
+    assert "memory" in reasons["greedy"]
+    assert "the loss is not finite after adapting to episode 0" in reasons["hazy"]
+
+    status, again, _ = bench(*asked)
+    assert status == 1
+    assert "4 of 5 cells failed before; --retry-failed does them again" in again
+    assert "seed 0 failed:" not in again
+
+    monkeypatch.setenv("MENDED", "raising")
+    status, retried, _ = bench(*asked, "--retry-failed")
+    assert status == 1
+    assert retried.count("seed 0 failed:") == 3
+    assert {f["settings"]["algorithm"] for f in Run(tmp_path / "r").failures().values()} == {
+        "leaving",
+        "greedy",
+        "hazy",
+    }
+
+
+def test_an_algorithm_that_fails_when_it_is_tried_out_is_named(bench, tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "import algorithms\n\n"
+        "@algorithms.register('unfinished')\n"
+        "class Unfinished(algorithms.get('maml')):\n"
+        "    def meta_gradient(self, tasks):\n"
+        "        raise KeyError('no such key')\n"
+    )
+    asked = ("run", *QUICK, "--plugin", str(plugin), "--algos", "unfinished", "--out", "r")
+    status, _, err = bench(*asked)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "KeyError: 'no such key', when unfinished tiny 5-way 1-shot seed 0 was tried out" in err
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_damaged_cell_is_made_again(bench, tmp_path: Path) -> None:
@@ -304,7 +365,7 @@ def test_a_plugin_that_fails_is_named(bench, tmp_path: Path) -> None:
 
 
 def test_an_engine_whose_gradient_is_wrong_does_not_run(bench, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("bench.runner.verify", lambda *arguments, engine: 1e-3)
+    monkeypatch.setattr("bench.making.verify", lambda *arguments, engine: 1e-3)
     status, _, err = bench("run", "--algos", "maml", *QUICK)
     assert status == 2
     assert "maml's gradient by the batched engine is 1.0e-03 from that by higher" in err

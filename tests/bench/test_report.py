@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from bench import findings, paper, report, tables
+from bench.failures import lost, scoreless
 from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run
 from bench.sweep import Cell
 from tests.bench.conftest import QUICK
@@ -199,7 +200,8 @@ def test_damaged_failed_and_missing_cells_are_named_and_the_others_go_on(run: Ru
     (run.cells / first.id / SCORES).write_bytes(b"not parquet")
     (run.cells / second.id / "cell.json").write_text("{")
     (run.cells / "0123456789abcdef").mkdir()
-    run.fail(cell_of("diverging"), "diverged: the loss is nan")
+    run.fail(cell_of("diverging"), "diverged: the loss is nan", 3)
+    run.fail(cell_of("maml", 7), "it raised")
     sweep = (run.folder / "sweep.toml").read_text()
     (run.folder / "sweep.toml").write_text(sweep.replace('"maml"', '"maml", "protonet"'))
     found = tables.read(run)
@@ -208,10 +210,21 @@ def test_damaged_failed_and_missing_cells_are_named_and_the_others_go_on(run: Ru
     assert faults.loc[f"cells/{second.id}", "reason"] == "cell.json is not JSON"
     assert faults.loc["cells/0123456789abcdef", "reason"] == "cell.json is absent or empty"
     assert faults.loc["diverging glyphs 5-way 1-shot seed 0", "reason"].startswith("diverged")
+    assert faults.loc["diverging glyphs 5-way 1-shot seed 0", "status"] == "diverged"
     assert faults.loc["protonet glyphs 5-way 5-shot seed 1", "status"] == "missing"
     board = found.leaderboard
     assert len(board) == 8  # anil on 1 shot is gone, diverging has come
-    assert board.set_index("algorithm").loc["diverging", "failed"] == 1
+    diverging = board.set_index("algorithm").loc["diverging"]
+    assert (diverging["failed"], diverging["diverged"], scoreless(diverging)) == (1, 1, "diverged")
+    less = board[board["failed"] > board["diverged"]]
+    assert [(row["label"], lost(row)) for _, row in less.iterrows()] == [("maml", "1 failed")]
+    report.write(run.folder)
+    assert "(1 failed)" in (run.folder / "report.html").read_text()
+    assert "without 1 failed" in (run.folder / "report.md").read_text()
+    assert "**diverged**" in (run.folder / "report.md").read_text()
+    assert "Without seeds that came to nothing (maml: 1 failed)" in (
+        (run.folder / "table.tex").read_text()
+    )
 
 
 # Documents
@@ -358,11 +371,11 @@ def test_a_time_stands_beside_its_spread(tmp_path: Path) -> None:
 def test_a_run_with_nothing_complete_has_a_report(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.cells.mkdir()
-    run.fail(cell_of("diverging"), "diverged")
+    run.fail(cell_of("diverging"), "diverged", 3)
     report.write(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "diverged" in page
-    assert "Not here: 1 failed" in page
+    assert "Not here: 1 diverged" in page
 
 
 def test_one_cell_has_a_report(tmp_path: Path) -> None:

@@ -70,8 +70,12 @@ def test_the_summary_has_the_contracts_columns_and_leaves_empty_what_was_not_mea
 
 
 def test_a_failure_is_noted_and_forgotten_once_the_cell_is_complete(run: Run, cell: Cell) -> None:
-    run.fail(cell, "diverged")
+    run.fail(cell, "it raised")
     assert run.summary()["status"].tolist() == ["failed"]
+    assert run.left_out() == ["maml tiny 5-way 1-shot seed 0 (failed)"]
+    run.fail(cell, "diverged", 7)
+    assert run.summary()[["status", "diverged_at"]].values.tolist() == [["diverged", 7]]
+    assert run.left_out() == ["maml tiny 5-way 1-shot seed 0 (diverged at iteration 7)"]
     finish(run, cell)
     assert run.summary()["status"].tolist() == ["complete"]
 

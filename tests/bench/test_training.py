@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import datasets
-from bench.errors import CellError
+from bench.errors import CellError, DivergedError
 from bench.sweep import Cell
 from bench.training import build, meta_lr, read_tensors, train
 
@@ -132,8 +132,20 @@ def test_a_loss_that_is_no_number_ends_the_cell_and_names_the_iteration(
     cell: Cell, splits, tmp_path: Path
 ) -> None:
     broken = cell.model_copy(update={"algorithm": "diverging"})
-    with pytest.raises(CellError, match="diverged: the loss is nan at iteration 1"):
+    with pytest.raises(DivergedError, match="diverged: the loss is nan at iteration 1") as raised:
         train(broken, *splits, tmp_path / "state")
+    assert raised.value.iteration == 1
+
+
+def test_a_validation_that_is_no_number_counts_as_divergence(
+    cell: Cell, splits, tmp_path: Path, monkeypatch
+) -> None:
+    def fail(*_, **__):
+        raise CellError("the loss is not finite")
+
+    monkeypatch.setattr("bench.training.evaluate", fail)
+    with pytest.raises(DivergedError, match="the loss is not finite, at iteration 5"):
+        train(cell, *splits, tmp_path / "state")
 
 
 @pytest.mark.parametrize(

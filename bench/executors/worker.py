@@ -1,0 +1,106 @@
+"""What a member of a crew does: one cell, trained and evaluated, telling how it gets on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import torch
+
+from bench.errors import BenchError, StorageError
+from bench.executors.base import Job, Moved, Outcome
+from bench.failures import failure_of
+from bench.making import Sources, train_and_evaluate
+from bench.store import source_hash
+from bench.sweep import Cell
+from bench.training import Progress
+
+TELL_SECONDS = 0.5
+"""How often, at most, a worker tells how far a cell is."""
+
+
+class Telling:
+    """Tells of a cell's progress, not too often."""
+
+    def __init__(self, cell: Cell, tell: Callable[[Moved], None]) -> None:
+        self.cell = cell
+        self.tell = tell
+        self.told = 0.0
+
+    def training(self, cell: Cell) -> None:
+        self._tell("training", 0, cell.iterations)
+
+    def iteration(self, progress: Progress) -> None:
+        done, total = progress.iteration, self.cell.iterations
+        self._tell("training", done, total, f"loss {progress.loss:.3f}")
+
+    def evaluating(self, cell: Cell) -> None:
+        self._tell("test episodes", 0, cell.episodes)
+
+    def episode(self, done: int) -> None:
+        self._tell("test episodes", done, self.cell.episodes)
+
+    def _tell(self, stage: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if done and now - self.told < TELL_SECONDS:
+            return
+        self.told = now
+        self.tell(Moved(self.cell.id, stage, done, total, note))
+
+
+def make(
+    job: Job,
+    sources: Sources,
+    plugin: Path | None,
+    threads: int,
+    watch: Telling,
+    interrupted: Callable[[], bool],
+) -> Outcome:
+    """Train and evaluate a cell in its workplace, which must be on this machine's disk."""
+    try:
+        if source_hash(plugin) != job.source:
+            raise BenchError("the process that was to train it has other source code than this one")
+        torch.set_num_threads(threads)
+        return train_and_evaluate(
+            job.cell,
+            job.workplace,
+            sources,
+            watch,
+            source=job.source,
+            verify_gradients=job.verify_gradients,
+            interrupted=interrupted,
+        )
+    except KeyboardInterrupt:
+        return None
+    except (Exception, SystemExit) as error:
+        try:
+            return failure_of(error)
+        except StorageError as disk:
+            return disk
+
+
+def make_alone(
+    locks: Path,
+    patience: float,
+    job: Job,
+    sources: Sources,
+    plugin: Path | None,
+    threads: int,
+    watch: Telling,
+    interrupted: Callable[[], bool],
+) -> Outcome:
+    """The same where processes share a disk: not while another, which was taken for lost or whose
+    run was killed, is still at it.
+
+    Args:
+        locks: a folder that gets a lock for each cell.
+        patience: seconds to wait for the other; negative for as long as it takes.
+    """
+    lock = filelock.FileLock(locks / f"{job.cell.id}.lock", timeout=patience)
+    try:
+        with lock:
+            return make(job, sources, plugin, threads, watch, interrupted)
+    except filelock.Timeout:
+        return failure_of(BenchError("another process is still making it"))
