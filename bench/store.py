@@ -165,6 +165,7 @@ class Run:
             for path in workplace.iterdir():
                 if path.name not in (RECORD, *FILES):
                     path.unlink()
+            sync(workplace)
             if final.exists():  # damaged, or the cell would have been skipped
                 shutil.rmtree(final)
             workplace.rename(final)
