@@ -326,7 +326,7 @@ def _opened(folder: Path, name: str) -> dict[str, Any]:
     try:
         contents: dict[str, Any] = json.loads((folder / name).read_bytes())
         seal = contents.pop("sha256", None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DamagedError(f"{name} is not JSON") from error
     if seal != (_seal(contents) if "files" in contents else None):
         raise DamagedError(f"{name} does not have its checksum")

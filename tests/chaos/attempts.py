@@ -83,12 +83,11 @@ class Attempt:
         self.process.kill()
         return self.status() < 0
 
-    def kill_at(self, phase: str) -> None:
-        """Kill it once it has come to a phase."""
-        while self.process.is_alive() and self.phase != phase:
-            time.sleep(0.002)
-        self.process.kill()
-        assert self.status() < 0, f"it ended before {phase}"
+    def wait_until_stopped(self) -> None:
+        """Wait until :func:`signalled` has stopped it."""
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            assert self.process.is_alive(), self.err
+            time.sleep(0.02)
 
     def spent(self) -> float:
         """Seconds of processor time so far."""
@@ -257,6 +256,11 @@ OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 def _below(place: Path, name: object) -> bool:
     return isinstance(name, (str, os.PathLike)) and place in (Path.cwd() / name).parents
+
+
+def signalled(phase: str, number: int) -> None:
+    """Send the process a signal once it comes to a phase."""
+    at_phase(phase, lambda: os.kill(os.getpid(), number))
 
 
 def filling(phase: str, disk: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import subprocess
 from collections import Counter
 from contextlib import suppress
@@ -17,7 +18,7 @@ import torch
 from bench.errors import DamagedError
 from bench.store import FILES, RECORD, Run
 from bench.training import read_tensors, write_tensors
-from tests.chaos.attempts import PLACES, Attempt, contents, fill, filling, quick, sweep
+from tests.chaos.attempts import PLACES, Attempt, contents, fill, filling, quick, signalled, sweep
 from tests.chaos.conftest import ONE
 
 
@@ -141,7 +142,8 @@ def test_damage_to_a_cell_in_progress_is_found(
 ) -> None:
     """A run killed before it measured, and a file in its workplace with a flipped bit or cut."""
     chance = random.Random(0)
-    Attempt(sweep("r", *ONE), place, quick).kill_at("measuring")
+    dying = partial(signalled, "measuring", signal.SIGKILL)
+    assert Attempt(sweep("r", *ONE), place, quick, dying).status() == -signal.SIGKILL
     (workplace,) = (place / "r" / "cells").iterdir()
     names = sorted(path.name for path in workplace.iterdir())
     subprocess.run(["mv", place / "r", place / "killed"], check=True)
