@@ -33,30 +33,29 @@ def test_killed_at_random_moments(tmp_path: Path, whole: bool, counted: Counter[
     Nine of ten kills come while there are cells to be made, the others when only the summary and
     the figures are left.
     """
-    kills, seeds = (200, 30) if whole else (6, 1)
+    kills, seeds = (200, 40) if whole else (6, 2)
     every = ",".join(map(str, range(seeds)))
     arguments = sweep("r", "--algos", "maml,reptile", "--seeds", every, "--iterations", "8")
     still, killed = tmp_path / "still", tmp_path / "killed"
     for place in (still, killed):
         place.mkdir()
 
-    def undisturbed(place: Path) -> float:
+    def undisturbed(place: Path) -> tuple[float, float]:
         attempt = Attempt(arguments, place, quick)
         assert attempt.status() == 0, attempt.err
-        return attempt.took
+        return attempt.before_phase, attempt.took  # the last phase is that of the figures
 
-    all_of_it, nothing = undisturbed(still), undisturbed(still)
-    a_cell = (all_of_it - nothing) / (2 * seeds)
+    (all_cells, _), (no_cell, to_end) = undisturbed(still), undisturbed(still)
+    a_cell = (all_cells - no_cell) / (2 * seeds)
     chance = random.Random(0)
     phases: Counter[str] = Counter()
-    while phases.total() < kills:
-        if phases.total() == kills - kills // 10:
-            undisturbed(killed)
-        attempt = Attempt(arguments, killed, quick)
-        counted["starts"] += 1
-        if attempt.kill_after(chance.uniform(0, nothing + a_cell)):
-            phases[attempt.phase or "starting"] += 1
-    undisturbed(killed)
+    for reach, wanted in ((no_cell + a_cell, kills - kills // 10), (to_end, kills)):
+        while phases.total() < wanted:
+            attempt = Attempt(arguments, killed, quick)
+            counted["starts"] += 1
+            if attempt.kill_after(chance.uniform(0, reach)):
+                phases[attempt.phase] += 1
+        undisturbed(killed)
     expected = contents(still / "r")
     assert contents(killed / "r") == expected
     counted["kills"] = phases.total()
