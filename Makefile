@@ -9,7 +9,7 @@ ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench soak many-cells gpu-check cluster-test clean
+.PHONY: help venv demo test check bench soak many-cells chaos gpu-check cluster-test clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench  the speed benchmarks"
 	@echo "make soak   20,000 meta-iterations, and what grows meanwhile"
 	@echo "make many-cells   how long a run of 5,000 cells takes to read"
+	@echo "make chaos  all faults of processes and disks, counted in docs/reliability.md"
 	@echo "make venv   the environment alone, in .venv"
 	@echo "make cluster-test  Ray and Slurm's stand-ins, whose packages it installs; several minutes"
 
@@ -53,6 +54,9 @@ soak: venv
 many-cells: venv
 	$(BIN)/python -m tests.performance.many_cells build/many-cells/wide --shape wide
 	$(BIN)/python -m tests.performance.many_cells build/many-cells/swept --shape swept
+
+chaos: venv
+	$(BIN)/python -m pytest tests/chaos --whole --timeout 3600 --counts-to docs/reliability.md
 
 gpu-check: venv
 	$(BIN)/python -m pytest -m gpu -rs
