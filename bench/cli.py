@@ -18,8 +18,8 @@ from rich.table import Column, Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
-from bench.errors import BenchError
-from bench.plugins import load_plugin
+from bench.errors import BenchError, printable
+from bench.plugins import load_plugin, trusted
 from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, varied
 from datasets import DatasetError
 
@@ -31,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+MOST_SHOWN = 1000
+"""Characters of a message."""
 
 AXES, TRAINING, EVALUATION, PLACES = (
     "Axes, each a comma-separated list",
@@ -165,7 +168,7 @@ def run(
     given = {name: value for name, value in locals().items() if value not in (None, False)}
     known = (*Sweep.model_fields, *OPTIONS)
     sweep = read_sweep(config, {name: value for name, value in given.items() if name in known})
-    load_plugin(sweep.plugin)
+    load_plugin(trusted(sweep.plugin, plugin))
     cells = sweep.cells()
     sources = runner.Sources(sweep.data_root, sweep.download)
     console = Console()
@@ -260,14 +263,15 @@ def search(
 
     asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
     sweep = read_sweep(config, asked)
-    load_plugin(sweep.plugin)
+    load_plugin(trusted(sweep.plugin, plugin))
     sources = Sources(sweep.data_root, sweep.download)
     found = searches.prepare(sweep, space, sources)
     folder = out or found.default_folder
     written = searches.run(found, trials, sources, folder, print)
     print(f"table: {folder / 'trials.csv'}")
+    code = f" --plugin {sweep.plugin}" if sweep.plugin else ""
     for path in written:
-        print(f"best:  {path}; python -m bench run --config {path} tests it")
+        print(f"best:  {path}; python -m bench run --config {path}{code} tests it")
     if len(written) < len(found.cells):
         print("no trial of an algorithm was complete")
         raise typer.Exit(1)
@@ -452,6 +456,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except typer.TyperException as error:
         message = error.format_message()
+    except OSError as error:  # a folder that cannot be read, a name that is too long
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -459,5 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench.distributed import leads
 
     if leads():
-        print(f"bench: {' '.join(message.split())}", file=sys.stderr)
+        line = printable(message)
+        shown = line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}..."
+        print(f"bench: {shown}", file=sys.stderr)
     return 2

@@ -19,13 +19,14 @@ import scikit_posthocs
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from bench.errors import BenchError
+from bench.errors import BenchError, printable
 from bench.files import write_text
 from bench.measure import STEP
-from bench.plots import save
+from bench.plots import as_text, save
 from bench.progress import reuse_notes
 from bench.protocol import after_last_step
 from bench.rankings import Ranking, friedman_nemenyi, holm
+from bench.reading import read_performance
 from bench.stats import (
     Difference,
     Floats,
@@ -105,7 +106,7 @@ def read(folder: Path) -> tuple[list[Result], list[str]]:
     for record in run.records():
         try:
             results.append(_result(run, record))
-        except (OSError, ValueError, KeyError):
+        except Exception:  # a file of other hands can fail its reader in any way
             continue
     damaged = sorted(set(run.cell_ids()) - {result.cell.id for result in results})
     if not results:
@@ -120,8 +121,9 @@ def _result(run: Run, record: Record) -> Result:
         raise ValueError(f"{len(scores)} episodes, not {record.cell.episodes}")
     path = run.cells / record.cell.id / PERFORMANCE
     columns = ["phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session"]
-    performance = pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=columns)
-    if not {"metric", "episode_address"} <= record.figures.keys():
+    performance = read_performance(path) if path.exists() else pd.DataFrame(columns=columns)
+    figures = record.figures
+    if figures.get("metric") not in ("accuracy", "mse") or not figures.get("episode_address"):
         raise ValueError(f"{record.cell} does not say what its scores are of")
     return Result(record, scores, performance[columns])
 
@@ -130,7 +132,7 @@ def damage_notes(folder: Path, damaged: Sequence[str]) -> list[str]:
     """A line that names damaged cells, if there are any."""
     if not damaged:
         return []
-    names = ", ".join(damaged)
+    names = ", ".join(map(printable, damaged))
     return [f"skipped, for they are damaged: {names} in {folder}; the same 'run' makes them again"]
 
 
@@ -547,9 +549,10 @@ class Ranks:
         sns.set_theme(style="white", palette="colorblind", font_scale=0.9)
         figure = Figure(figsize=(7, 1.4 + 0.25 * len(self.names)), layout="constrained")
         axis = figure.subplots()
+        names = [as_text(name) for name in self.names]
         scikit_posthocs.critical_difference_diagram(
-            pd.Series(self.ranking.mean_ranks, self.names),
-            pd.DataFrame(self.ranking.nemenyi, self.names, self.names),
+            pd.Series(self.ranking.mean_ranks, names),
+            pd.DataFrame(self.ranking.nemenyi, names, names),
             ax=axis,
             color_palette=["black"] * len(self.names),
         )

@@ -12,13 +12,14 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, beside ``path``, which it becomes once the block has ended well."""
     aside = path.with_name(f"{path.name}.part")
+    aside.unlink(missing_ok=True)  # it may be a link to a file elsewhere
     yield aside
     aside.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text, on the disk before it has its name."""
-    with whole(path) as aside, aside.open("w", encoding="utf-8") as file:
+    with whole(path) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

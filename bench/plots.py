@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,12 +70,19 @@ def draw_all(summary: pd.DataFrame, folder: Path, swept: Sequence[str] = ()) -> 
             for row, own in zip(rows, told_apart(rows), strict=True)
         ]
     )
-    return save(accuracy(complete), folder / "accuracy")
+    return save(accuracy(_without_formulas(complete)), folder / "accuracy")
+
+
+def as_text(name: object) -> str:
+    """A name that matplotlib does not take for a formula."""
+    return str(name).replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PNG and SVG, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.is_symlink():  # to a place that is not this run's
+        raise OSError(errno.ELOOP, f"{path.parent.name} is a link to elsewhere")
     written = []
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
         target = path.with_name(f"{path.name}.{kind}")
@@ -165,7 +173,7 @@ def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
 
 def draw_tables(tables: Tables, folder: Path) -> list[Path]:
     """Draw a report's figures; the paths of what was drawn, none where nothing is complete."""
-    board = tables.leaderboard[tables.leaderboard["seeds"] > 0]
+    board = _without_formulas(tables.leaderboard[tables.leaderboard["seeds"] > 0])
     if board.empty:
         return []
     half = (board["high"] - board["low"]) / 2
@@ -183,10 +191,24 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
         "memory": cost(board, "peak_memory_bytes", meaning),
     }
     if len(tables.sensitivity):
-        figures["sensitivity"] = sensitivity(board, tables.sensitivity, meaning)
+        points = _without_formulas(tables.sensitivity)
+        figures["sensitivity"] = sensitivity(board, points, meaning)
     if len(tables.growth):
         figures["memory_steps"] = growth(board, tables.growth)
     return [path for name, figure in figures.items() for path in save(figure, folder / name)]
+
+
+def _without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with its names as :func:`as_text` has them."""
+    names = frame.columns.intersection(
+        ["algorithm", "dataset", "device", "label", "line", "axis", "value"]
+    )
+    return frame.assign(
+        **{
+            str(name): [as_text(v) if isinstance(v, str) else v for v in frame[name]]
+            for name in names
+        }
+    )
 
 
 def adaptation(board: pd.DataFrame, points: pd.DataFrame) -> Figure:

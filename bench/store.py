@@ -22,6 +22,7 @@ import tomli_w
 from bench.environment import environment
 from bench.errors import BenchError
 from bench.files import whole, write_text
+from bench.reading import cell_of, failures_of, figures_of, read_json, read_table, word_of
 from bench.sweep import Cell, Sweep, in_order, varied
 
 SCORES = "episodes.parquet"
@@ -103,6 +104,8 @@ class Run:
     def workplace(self, cell: Cell) -> Path:
         """The folder in which a cell is being made."""
         folder = self.cells / f".{cell.id}"
+        if folder.is_symlink():  # to a place that is not this run's
+            folder.unlink()
         folder.mkdir(exist_ok=True)
         return folder
 
@@ -146,9 +149,9 @@ class Run:
         """A complete cell, or None where it is absent or damaged."""
         folder = self.cells / cell_id
         try:
-            written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            cell = Cell(**written["settings"])
-            record = Record(cell, written["source"], written["figures"])
+            written = read_json(folder / RECORD)
+            cell = cell_of(written["settings"])
+            record = Record(cell, word_of(written["source"]), figures_of(written["figures"]))
             whole = all((folder / name).stat().st_size for name in (SCORES, TRAINING, CHECKPOINT))
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -172,10 +175,9 @@ class Run:
     def failures(self) -> dict[str, Any]:
         """Why cells failed, by their id."""
         try:
-            failures: dict[str, Any] = json.loads((self.folder / "failures.json").read_text())
+            return failures_of(read_json(self.folder / "failures.json"))
         except (OSError, ValueError):
             return {}
-        return failures
 
     def summary(self) -> pd.DataFrame:
         """One row a cell, with the columns of :data:`SUMMARY_COLUMNS` and of :meth:`swept`."""
@@ -201,7 +203,7 @@ class Run:
 
     def scores(self, cell: Cell) -> pd.DataFrame:
         """The episodes of a complete cell: ``episode``, ``step``, ``loss``, ``metric``."""
-        return pd.read_parquet(self.cells / cell.id / SCORES)
+        return read_table(self.cells / cell.id / SCORES, cell.episodes * (cell.eval_steps + 1))
 
     def scores_by_step(self, cell: Cell) -> npt.NDArray[np.float64]:
         """The metric of a complete cell, ``(episodes, steps + 1)``."""

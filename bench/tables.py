@@ -7,7 +7,6 @@ Two entries are comparable in so far as their settings agree; the settings that 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from bench.comparison import Entrant, Result, entrants, labels
-from bench.errors import BenchError
+from bench.errors import BenchError, printable
 from bench.measure import GROWTH
 from bench.plots import COSTS
-from bench.stats import Over, mean_interval
+from bench.reading import is_score, read_json, read_performance, read_table
+from bench.stats import Over, finite, mean_interval
 from bench.store import CHECKPOINT, PERFORMANCE, RECORD, SCORES, TRAINING, Record, Run
 from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
 
@@ -140,8 +140,8 @@ def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
         try:
             loaded.append(_load(run, records[name]))
         except KeyError:
-            faults.append((f"cells/{name}", "damaged", _damage(run.cells / name)))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            faults.append((f"cells/{printable(name)}", "damaged", _damage(run.cells / name)))
+        except Exception as error:  # a file of other hands can fail its reader in any way
             reason = f"{type(error).__name__}: {error}"
             faults.append((f"{records[name].cell} (cells/{name})", "damaged", reason))
     return loaded, faults
@@ -154,8 +154,8 @@ def _damage(folder: Path) -> str:
         if not path.is_file() or path.stat().st_size == 0:
             return f"{name} is absent or empty"
     try:
-        json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except ValueError:
+        read_json(folder / RECORD)
+    except (OSError, ValueError):
         return f"{RECORD} is not JSON"
     return f"{RECORD} does not describe this cell: it was changed, or made by another version"
 
@@ -164,27 +164,27 @@ def _load(run: Run, record: Record) -> _Loaded:
     """Read a cell's tables.
 
     Raises:
-        OSError, ValueError, TypeError, AttributeError: they are not what they should be.
+        OSError, ValueError: they are not what they should be.
     """
     cell, figures = record.cell, record.figures
-    if figures.get("metric") not in ("accuracy", "mse") or not math.isfinite(figures["mean"]):
+    if figures.get("metric") not in ("accuracy", "mse") or not is_score(figures.get("mean")):
         raise ValueError("cell.json has no score")
     try:
         scores = run.scores(cell).pivot(index="episode", columns="step", values="metric")
-        training = pd.read_parquet(run.cells / cell.id / TRAINING)
+        training = read_table(run.cells / cell.id / TRAINING, cell.iterations)
         learning = _curve(training)
     except KeyError as error:
         raise ValueError(f"no column {error}") from error
     if scores.shape != (cell.episodes, cell.eval_steps + 1):
         raise ValueError(f"scores of {scores.shape[0]} episodes, not of {cell.episodes}")
-    values = scores.to_numpy(np.float64)
+    values = finite(scores.to_numpy(np.float64), "scores", 2)
     growth = _peaks(run.cells / cell.id / PERFORMANCE)
     return _Loaded(Result(record, values[:, -1], pd.DataFrame()), values, learning, growth)
 
 
 def _peaks(path: Path) -> pd.Series[float]:
     """Peak MiB of a meta-step by its inner steps; empty where that was not measured."""
-    performance = pd.read_parquet(path) if path.is_file() else pd.DataFrame()
+    performance = read_performance(path) if path.is_file() else pd.DataFrame()
     if "inner_steps" not in performance:
         return pd.Series(dtype=float)
     rows = performance[performance["phase"] == GROWTH].dropna(subset="peak_bytes")
@@ -223,12 +223,8 @@ def _curve(training: pd.DataFrame) -> pd.DataFrame:
 
 def _failures(run: Run) -> Iterator[tuple[Cell, str]]:
     """The cells that failed, and why; what cannot be read is skipped (the cell is then missing)."""
-    failures = run.failures()
-    for failure in failures.values() if isinstance(failures, dict) else []:
-        try:
-            yield Cell(**failure["settings"]), str(failure["reason"])
-        except (KeyError, TypeError, ValueError):
-            continue
+    for failure in run.failures().values():
+        yield Cell(**failure["settings"]), failure["reason"]
 
 
 def missing(sweep: Sweep, there: Sequence[Cell]) -> list[str]:

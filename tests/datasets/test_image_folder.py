@@ -180,7 +180,7 @@ def test_an_episode_takes_the_same_shots_of_unequal_classes(folder: Path) -> Non
 
 def test_a_name_that_is_no_text_is_one_as_well(folder: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(folder / "train" / "red") + b"/\xff.png"))
-    (folder / "train" / "red" / "1.png").rename(path)
+    (folder / "train" / "red" / "a.png").rename(path)
     assert list(load(folder).counts) == [2, 3]
     path.write_bytes(b"")
     with pytest.raises(DatasetError, match="cannot be read as a picture"):

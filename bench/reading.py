@@ -1,0 +1,195 @@
+"""What a results folder holds, read within bounds: the folder may come from other hands.
+
+A file can be anything: cut short, edited, or made to fill the memory or to crash whoever reads it.
+Whatever is not what this program writes is a ValueError here, and a damaged cell to the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bench.errors import printable
+from bench.sweep import MOST_LETTERS, Cell
+
+MOST_BYTES = 64 << 20
+"""Of a JSON file; a cell has 2 kB, the failures of 10,000 cells 50 MB."""
+MOST_TABLE_BYTES = 1 << 30
+MOST_ROWS = 10**7
+MOST_COLUMNS = 100
+LARGEST = 1e30
+"""Of a figure or a score: squares of it are still numbers."""
+
+NUMBERS = frozenset(
+    (
+        *("mean", "ci95", "train_seconds", "step_ms", "eval_ms_per_episode", "peak_memory_bytes"),
+        *("step_gflops", "ci95_classes", "matmul_share", "step_joules", "gradient_error"),
+        "sample_reuse",
+    )
+)
+"""Figures of a cell that are numbers wherever they are known."""
+WORDS = frozenset(("metric", "engine", "episode_address", "source", "status", "cell_id"))
+OURS = frozenset(
+    (
+        *("key", "label", "entry", "seeds", "failed", "merit", "low", "high", "over"),
+        *("ci_seeds", "ci_episodes", "samples_per_step", "gradients_per_step"),
+    )
+)
+"""Columns that tables add: a setting of such a name would be taken for one."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read, or is no JSON within the bounds.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep us waiting
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path.name} is no file")
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path.name} has more than {MOST_BYTES >> 20} MiB")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError(f"{path.name} has lists in lists without end") from None
+
+
+def cell_of(settings: Any) -> Cell:
+    """A cell from its settings as they are written down.
+
+    Raises:
+        ValueError: they are not a cell's.
+    """
+    if not isinstance(settings, dict):
+        raise ValueError("a cell's settings are a table")
+    try:
+        cell = Cell(**settings)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if taken := cell.hyperparameters.keys() & (NUMBERS | WORDS - {"engine"} | OURS):
+        raise ValueError(f"{min(taken)} is no hyperparameter")
+    return cell
+
+
+def figures_of(written: Any) -> dict[str, Any]:
+    """A cell's figures as they are written down.
+
+    Raises:
+        ValueError: they are not figures: numbers and words by their names.
+    """
+    if not isinstance(written, dict) or len(written) > MOST_COLUMNS:
+        raise ValueError("figures are a table")
+    for name, value in written.items():
+        if name != printable(name) or len(name) > MOST_LETTERS or name in OURS | {"cell_id"}:
+            raise ValueError("a figure has no such name")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not abs(value) < LARGEST:  # NaN is not, either
+            raise ValueError(f"{name} is not finite")
+        if name in NUMBERS and not number and value is not None:
+            raise ValueError(f"{name} is not a number")
+        if name in Cell.model_fields and name != "engine":
+            raise ValueError(f"{name} is a setting, not a figure")
+        if not number and value is not None and not isinstance(value, bool):
+            word_of(value)
+    for name in WORDS & written.keys():
+        if written[name] is not None:
+            word_of(written[name])
+    return written
+
+
+def word_of(value: Any) -> str:
+    """A word as it is written down.
+
+    Raises:
+        ValueError: it is not text, or not a line of it.
+    """
+    if not isinstance(value, str) or len(value) > 5 * MOST_LETTERS or value != printable(value):
+        raise ValueError("not a line of text")
+    return value
+
+
+def failures_of(written: Any) -> dict[str, Any]:
+    """Failures by the id of their cell, as they are written down; what is none is left out."""
+    found: dict[str, Any] = {}
+    for cell_id, failure in written.items() if isinstance(written, dict) else ():
+        try:
+            if cell_of(failure["settings"]).id == cell_id and isinstance(failure["reason"], str):
+                found[cell_id] = failure
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+def read_table(path: Path, rows: int, words: tuple[str, ...] = ()) -> pd.DataFrame:
+    """The content of a Parquet file of numbers.
+
+    Args:
+        path: the file.
+        rows: how many it has at most: a kilobyte can hold a billion equal ones.
+        words: columns that are text.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read, or is no such table.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is absent")
+    try:
+        with pq.ParquetFile(path) as file:
+            described = file.metadata
+            groups = (described.row_group(index) for index in range(described.num_row_groups))
+            if described.num_rows > min(rows, MOST_ROWS):
+                raise ValueError(f"{path.name} has {described.num_rows:,} rows, not {rows:,}")
+            if sum(group.total_byte_size for group in groups) > MOST_TABLE_BYTES:
+                raise ValueError(f"{path.name} has more than {MOST_TABLE_BYTES >> 20} MiB")
+            if len(file.schema_arrow) > MOST_COLUMNS:
+                raise ValueError(f"{path.name} has more than {MOST_COLUMNS} columns")
+            for column in file.schema_arrow:
+                _check_column(column, path, words)
+            found: pd.DataFrame = file.read().to_pandas(ignore_metadata=True)
+            return found
+    except pa.ArrowException as error:  # not all of them are ValueErrors
+        raise ValueError(f"{path.name} is not a table: {error}") from error
+
+
+def _check_column(column: pa.Field, path: Path, words: tuple[str, ...]) -> None:
+    kind = column.type
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (number or pa.types.is_null(kind) or (text and column.name in words)):
+        raise ValueError(f"{path.name} has a column of {kind}")
+
+
+def read_performance(path: Path) -> pd.DataFrame:
+    """A cell's measurements; costs are positive, and each repeat of a phase is there once.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read, or holds no measurements.
+    """
+    found = read_table(path, 10**5, ("phase", "session"))
+    for name in ("seconds", "process_seconds", "peak_bytes"):
+        if name in found and not (found[name].isna() | (found[name].abs() < LARGEST)).all():
+            raise ValueError(f"{path.name} has {name} that are no number")
+    if "repeat" in found and "phase" in found:
+        repeats = found[found["repeat"].notna()]
+        if repeats.duplicated(["phase", "repeat"]).any():
+            raise ValueError(f"{path.name} has a repeat twice")
+        if "seconds" in found and (repeats["seconds"] <= 0).any():
+            raise ValueError(f"{path.name} has times that are not positive")
+    return found
+
+
+def is_score(value: Any) -> bool:
+    """Whether a value can be a cell's score."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and abs(value) < LARGEST
