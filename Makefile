@@ -4,18 +4,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Where make bench saves its times, and finds those to compare with.
 BENCH_STORAGE ?= .benchmarks
+# For make fuzz, each reader.
+SECONDS ?= 60
 DATA := $(wildcard ../shared/data)
 ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench gpu-check clean
+.PHONY: help venv demo test check bench fuzz properties gpu-check clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
 	@echo "make test   the checks and the tests"
 	@echo "make check  ruff and mypy alone"
 	@echo "make bench  the speed benchmarks"
+	@echo "make fuzz   fuzz the readers for SECONDS each (60); figures to docs/reliability.md"
+	@echo "make properties  the property tests with 1,000 examples each"
 	@echo "make venv   the environment alone, in .venv"
 
 venv: .venv/ready
@@ -41,6 +45,14 @@ bench: venv
 	$(BIN)/python -m pytest tests/performance/bench_costs.py --benchmark-only \
 		--benchmark-storage=file://$(abspath $(BENCH_STORAGE)) --benchmark-autosave \
 		--benchmark-compare --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+
+fuzz: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	nice -n 5 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+properties: venv
+	BENCH_PROPERTIES=long $(BIN)/python -m pytest --numprocesses auto --timeout 7200 \
+		tests/bench/test_any_command.py tests/bench/test_hostile.py tests/datasets/test_episodes.py
 
 gpu-check: venv
 	$(BIN)/python -m pytest -m gpu -rs
