@@ -77,7 +77,8 @@ def cell_of(settings: Any) -> Cell:
         cell = Cell(**settings)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    if taken := cell.hyperparameters.keys() & (NUMBERS | WORDS - {"engine"} | OURS):
+    named = frozenset(Cell.model_fields) | NUMBERS | WORDS - {"engine"} | OURS
+    if taken := cell.hyperparameters.keys() & named:
         raise ValueError(f"{min(taken)} is no hyperparameter")
     return cell
 
@@ -124,9 +125,11 @@ def failures_of(written: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cell_id, failure in written.items() if isinstance(written, dict) else ():
         try:
-            if cell_of(failure["settings"]).id == cell_id and isinstance(failure["reason"], str):
-                found[cell_id] = failure
-        except (KeyError, TypeError, ValueError):
+            if cell_of(failure["settings"]).id == cell_id:
+                # A reason has many lines and may hold anything, but what is no text.
+                reason = failure["reason"].encode(errors="replace").decode()
+                found[cell_id] = failure | {"reason": reason}
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
     return found
 

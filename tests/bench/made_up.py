@@ -1,5 +1,6 @@
 """Cells with made-up results, for what reads them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,3 +67,28 @@ def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = No
         "episode_address": f"{cell.dataset}/{cell.ways}/{cell.shots}/{cell.test_shots}",
     }
     run.complete(cell, "abc", figures)
+
+
+NASTY = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(2)</script>",
+    '"><img src=x onerror=alert(3)>',
+    "<!--<script>",
+    "{{ 7 * 7 }}",
+    "$\\frac{$",
+    "[red]x[/nothing]",
+    "[3cm]",
+    "|a|`b`@everyone",
+    "\\input{/etc/passwd}%",
+)
+"""Names that are more than names to somebody who reads a document."""
+
+
+def nasty(folder: Path) -> Run:
+    """A run in which algorithms, a dataset and the values of a hyperparameter have such names."""
+    run = Run(folder)
+    run.cells.mkdir(parents=True)
+    for name in NASTY:
+        add(run, cell_of(name, episodes=20, dataset=NASTY[2]))
+        add(run, cell_of("maml", episodes=20, hyperparameters={"norm": name}))
+    return run

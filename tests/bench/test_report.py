@@ -16,7 +16,7 @@ import pytest
 from bench import findings, paper, report, tables
 from bench.store import SCORES, Run
 from tests.bench.conftest import QUICK
-from tests.bench.made_up import EPISODES, LEVELS, add, cell_of
+from tests.bench.made_up import EPISODES, LEVELS, NASTY, add, cell_of, nasty
 
 
 def sample(folder: Path) -> Run:
@@ -474,6 +474,39 @@ def test_what_comes_from_data_is_text(page) -> None:
     page.get_by_label("Task", exact=True).select_option(label="<b>&, 5-way 1-shot")
     page.get_by_label("Task", exact=True).select_option(label="glyphs, 5-way 1-shot")
     assert "<script>alert(1)</script>" in page.locator("#chart-scores").inner_text()
+
+
+@needs_browser
+def test_no_name_runs_or_becomes_markup(browser, tmp_path: Path) -> None:
+    run = nasty(tmp_path / "run")
+    found = tables.read(run)
+    comparison, notes = report._compared(run.folder)
+    assert comparison is not None
+    path = tmp_path / "report.html"
+    path.write_text(report.page(run.folder, found, comparison.rows, notes))
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))  # a refusal of the policy too
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert set(NASTY) <= set(shown(page))
+    assert page.locator("img, iframe, object, embed, a[href^=javascript]").count() == 0
+    assert page.locator("script").count() == 4  # data, Plotly packed, our own, Plotly unpacked
+    tasks = page.get_by_label("Task", exact=True)
+    for index in range(tasks.locator("option").count()):
+        tasks.select_option(str(index))
+        for name in ("scores", "adaptation", "learning", "growth", "cost"):
+            assert page.locator(f"#chart-{name} .scatterlayer .trace").count() > 1
+        for name in NASTY:
+            assert name in page.locator("#chart-scores").inner_text()
+    tasks.select_option(label="glyphs, 5-way 1-shot")
+    ticks = page.locator("#chart-sensitivity .xtick").all_text_contents()
+    assert set(ticks) <= set(NASTY)
+    assert len(ticks) > 1
+    assert said == []
+    page.close()
 
 
 @needs_browser
