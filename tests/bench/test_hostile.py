@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bench import comparison, paper, report, tables
+from bench import comparison, paper, plots, report, tables
 from bench.errors import BenchError
 from bench.regression import check
 from bench.store import PERFORMANCE, RECORD, SCORES, TRAINING, Run
@@ -244,17 +245,20 @@ def test_links_in_a_results_folder_lead_no_writer_outside(tmp_path: Path) -> Non
 
 def test_names_are_text_in_every_document(tmp_path: Path) -> None:
     run = nasty(tmp_path / "run")
-    written = report.write(run.folder)
-    html, markdown, latex = (
-        (run.folder / name).read_text() for name in ("report.html", "report.md", "table.tex")
-    )
-    assert all(path.stat().st_size for path in written)
+    found = tables.read(run)
+    compared = comparison.compare([run.folder])
+    html = report.page(run.folder, found, compared.rows, compared.notes)
+    markdown = paper.markdown(NASTY[0], found, compared.rows, compared.notes, "x ``` y")
+    latex = paper.latex(found, compared.rows)
+    plots.draw_all(run.summary().head(4), run.figures)
+    assert (run.figures / "accuracy.svg").read_text().count("frac") >= 1
     assert "<script>alert" not in html
     assert "<img" not in html
     assert "<!--" not in html
     assert len(re.findall(r"<script[ >]", html)) == 3  # the data, Plotly and our own
     assert "<" not in markdown.replace("<br>", "")
     assert not re.search(r"(?<!\\)@everyone", markdown)
+    assert "\n````\nx ``` y\n````\n" in markdown
     assert "\\input" not in latex
     assert not re.search(r"\\\\\s*\[", latex)
     table = check(run.folder, run.folder)
@@ -283,7 +287,12 @@ slow = settings(
 KEYS = [*OTHER.model_dump(), "mean", "metric", "engine", "label", "episode_address", "source"]
 
 
-@slow
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return three(tmp_path_factory.mktemp("hostile") / "run")
+
+
+@settings(slow, max_examples=settings.default.max_examples // 3)  # each takes half a second
 @given(
     st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), values, max_size=3),
     st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), values, max_size=3),
@@ -291,13 +300,15 @@ KEYS = [*OTHER.model_dump(), "mean", "metric", "engine", "label", "episode_addre
     values,
 )
 def test_no_results_folder_stops_what_reads_it(
+    template: Run,
     tmp_path_factory: pytest.TempPathFactory,
     cell: dict[str, Any],
     figures: dict[str, Any],
     own: dict[str, Any],
     failures: Any,
 ) -> None:
-    run = three(tmp_path_factory.mktemp("hostile") / "run")
+    run = Run(tmp_path_factory.mktemp("hostile") / "run")
+    shutil.copytree(template.folder, run.folder)
 
     def edit(written: dict[str, Any]) -> None:
         written["settings"].update(cell)
