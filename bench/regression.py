@@ -150,7 +150,7 @@ class Check:
 
 
 def _markdown_table(findings: Iterable[Finding]) -> str:
-    cells = (tuple(map(md, finding.cells)) for finding in findings)
+    cells = ((md(finding.setting), *finding.cells[1:]) for finding in findings)
     rows = [HEADING, ("---",) * len(HEADING), *cells]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
