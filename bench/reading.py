@@ -185,7 +185,8 @@ def read_performance(path: Path) -> pd.DataFrame:
             raise ValueError(f"{path.name} has {name} that are no number")
     if "repeat" in found and "phase" in found:
         repeats = found[found["repeat"].notna()]
-        if repeats.duplicated(["phase", "repeat"]).any():
+        keys = [name for name in ("phase", "inner_steps", "repeat") if name in repeats]
+        if repeats.duplicated(keys).any():
             raise ValueError(f"{path.name} has a repeat twice")
         if "seconds" in found and (repeats["seconds"] <= 0).any():
             raise ValueError(f"{path.name} has times that are not positive")

@@ -53,6 +53,8 @@ def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = No
     steps = pd.Series([1, 2, 4, 8])
     growth = {
         "phase": "growth",
+        "repeat": 0,
+        "seconds": 0.1,
         "inner_steps": steps,
         "peak_bytes": 2**20 * (5 + cell.seed + steps),
     }
