@@ -4,12 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Where make bench saves its times, and finds those to compare with.
 BENCH_STORAGE ?= .benchmarks
+# For make fuzz, each reader.
+SECONDS ?= 60
 DATA := $(wildcard ../shared/data)
 ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench soak many-cells chaos gpu-check cluster-test clean
+.PHONY: help venv demo test check bench soak many-cells chaos fuzz properties gpu-check cluster-test clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
@@ -19,6 +21,8 @@ help:
 	@echo "make soak   20,000 meta-iterations, and what grows meanwhile"
 	@echo "make many-cells   how long a run of 5,000 cells takes to read"
 	@echo "make chaos  all faults of processes and disks, counted in docs/reliability.md"
+	@echo "make fuzz   fuzz the readers for SECONDS each (60); figures to docs/reliability.md"
+	@echo "make properties  the property tests with 1,000 examples each"
 	@echo "make venv   the environment alone, in .venv"
 	@echo "make cluster-test  Ray and Slurm's stand-ins, whose packages it installs; several minutes"
 
@@ -57,6 +61,14 @@ many-cells: venv
 
 chaos: venv
 	$(BIN)/python -m pytest tests/chaos --whole --timeout 3600 --counts-to docs/reliability.md
+
+fuzz: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
+	nice -n 5 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+properties: venv
+	BENCH_PROPERTIES=long $(BIN)/python -m pytest --numprocesses auto --timeout 7200 \
+		tests/bench/test_any_command.py tests/bench/test_hostile.py tests/datasets/test_episodes.py
 
 gpu-check: venv
 	$(BIN)/python -m pytest -m gpu -rs

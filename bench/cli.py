@@ -18,8 +18,8 @@ from rich.table import Column, Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
-from bench.errors import BenchError, StorageError
-from bench.plugins import load_plugin
+from bench.errors import BenchError, StorageError, printable
+from bench.plugins import load_plugin, trusted
 from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, varied
 from datasets import DatasetError
 
@@ -31,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+MOST_SHOWN = 1000
+"""Characters of a message."""
 
 AXES, TRAINING, EVALUATION, PLACES, EXECUTION = (
     "Axes, each a comma-separated list",
@@ -223,7 +226,7 @@ def run(
         cell_timeout=cell_timeout,
         measure_beside_work=measure_beside_work,
     )
-    load_plugin(sweep.plugin)
+    load_plugin(trusted(sweep.plugin, plugin))
     cells = sweep.cells()
     sources = Sources(sweep.data_root, sweep.download)
     console = Console()
@@ -323,14 +326,15 @@ def search(
 
     asked = {name: value for name, value in given.items() if name in Sweep.model_fields}
     sweep = read_sweep(config, asked)
-    load_plugin(sweep.plugin)
+    load_plugin(trusted(sweep.plugin, plugin))
     sources = Sources(sweep.data_root, sweep.download)
     found = searches.prepare(sweep, space, sources)
     folder = out or found.default_folder
     written = searches.run(found, trials, sources, folder, print)
     print(f"table: {folder / 'trials.csv'}")
+    code = f" --plugin {sweep.plugin}" if sweep.plugin else ""
     for path in written:
-        print(f"best:  {path}; python -m bench run --config {path} tests it")
+        print(f"best:  {path}; python -m bench run --config {path}{code} tests it")
     if len(written) < len(found.cells):
         print("no trial of an algorithm was complete")
         raise typer.Exit(1)
@@ -576,6 +580,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status, message = 1, str(error)
     except typer.TyperException as error:
         message = error.format_message()
+    except OSError as error:  # a folder that cannot be read, a name that is too long
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -583,5 +589,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench.distributed import leads
 
     if message and leads():  # a command without arguments has printed its help
-        print(f"bench: {' '.join(message.split())}", file=sys.stderr)
+        line = printable(message)
+        shown = line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}..."
+        print(f"bench: {shown}", file=sys.stderr)
     return status

@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from bench.errors import BenchError
+from bench.errors import BenchError, printable
 from bench.files import write_text
 from bench.measure import STEP
 from bench.overall import Aggregate, Block, Ranks, aggregate, rank, said_p
 from bench.plots import save
 from bench.progress import reuse_notes
 from bench.rankings import holm
+from bench.reading import read_performance
 from bench.stats import (
     Difference,
     Floats,
@@ -41,7 +42,7 @@ from bench.stats import (
     resolvable_over_seeds,
     seeds_to_resolve,
 )
-from bench.store import PERFORMANCE, Record, Run, in_threads, read_columns
+from bench.store import PERFORMANCE, Record, Run, in_threads
 from bench.sweep import Cell, said
 
 ALPHA = 0.05
@@ -148,9 +149,10 @@ def _whole(run: Run, record: Record) -> Result | None:
     try:
         found = result(run, record)
         finite(found.scores, "scores")
-    except (OSError, ValueError, KeyError):
+    except Exception:  # a file of other hands can fail its reader in any way
         return None
-    described = {"metric", "episode_address"} <= record.figures.keys()
+    figures = record.figures
+    described = figures.get("metric") in ("accuracy", "mse") and figures.get("episode_address")
     return found if described and len(found.scores) == record.cell.episodes else None
 
 
@@ -163,7 +165,7 @@ def result(run: Run, record: Record) -> Result:
     path = run.cells / record.cell.id / PERFORMANCE
     performance = {name: np.empty(0) for name in MEASURED}
     if path.is_file():
-        performance = read_columns(path, *MEASURED, optional=["inner_steps"])
+        performance = read_performance(path, *MEASURED)
     return Result(record, run.scores_by_step(record.cell), performance)
 
 
@@ -171,7 +173,7 @@ def damage_notes(folder: Path, damaged: Sequence[str]) -> list[str]:
     """A line that names damaged cells, if there are any."""
     if not damaged:
         return []
-    names = ", ".join(damaged)
+    names = ", ".join(map(printable, damaged))
     return [f"skipped, for they are damaged: {names} in {folder}; the same 'run' makes them again"]
 
 

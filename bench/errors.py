@@ -1,5 +1,9 @@
 """What ends a command with one line and a status of its own."""
 
+from __future__ import annotations
+
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+
 
 class BenchError(ValueError):
     """What was asked cannot be done as asked; one line that says what is wrong and what would be
@@ -39,3 +43,9 @@ class StorageError(OSError):
 
 class DamagedError(ValueError):
     """A file of a run that is not as it was written; the message says which, and what is wrong."""
+
+
+def printable(text: str) -> str:
+    """Text from outside as one line that cannot steer a terminal."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else UNPRINTABLE for letter in line)

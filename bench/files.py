@@ -44,6 +44,7 @@ def whole(path: Path) -> Iterator[Path]:
     aside = path.with_name(f"{path.name}.part")
     try:
         with storing(path):
+            aside.unlink(missing_ok=True)  # it may be a link to a file elsewhere
             yield aside
             sync(aside)
             aside.replace(path)
@@ -62,7 +63,7 @@ def write_bytes(path: Path, contents: bytes) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text in UTF-8, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

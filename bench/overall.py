@@ -14,6 +14,7 @@ import scikit_posthocs
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from bench.plots import as_text
 from bench.rankings import (
     Ranking,
     friedman_nemenyi,
@@ -70,9 +71,10 @@ class Ranks:
         sns.set_theme(style="white", palette="colorblind", font_scale=0.9)
         figure = Figure(figsize=(7, 1.4 + 0.25 * len(self.names)), layout="constrained")
         axis = figure.subplots()
+        names = [as_text(name) for name in self.names]
         scikit_posthocs.critical_difference_diagram(
-            pd.Series(self.ranking.mean_ranks, self.names),
-            pd.DataFrame(self.ranking.nemenyi, self.names, self.names),
+            pd.Series(self.ranking.mean_ranks, names),
+            pd.DataFrame(self.ranking.nemenyi, names, names),
             ax=axis,
             color_palette=["black"] * len(self.names),
         )

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bench.comparison import Row
+from bench.errors import printable
 from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
 from bench.tables import COUNTS, Tables, varying
@@ -36,10 +37,10 @@ def markdown(
     settings = varying(board)
     titles = ["task", "algorithm", *(s.replace("_", " ") for s in settings), "score"]
     titles += ["samples a step", "gradients a step", "meta-step, ms", "memory, MiB"]
-    lines = [f"## {_md(name)}", "", INTERVALS, "", _md_row(titles)]
+    lines = [f"## {md(name)}", "", INTERVALS, "", _md_row(titles)]
     lines.append("|---|---|" + "---:|" * (len(titles) - 2))
     for _, row in board.head(ROWS).iterrows():
-        score = f"**{scoreless(row)}**" if row["seeds"] == 0 else _md(headline(row))
+        score = f"**{scoreless(row)}**" if row["seeds"] == 0 else md(headline(row))
         if row["seeds"] and row["failed"]:
             score += f" (without {lost(row)})"
         memory = row["peak_memory_bytes"] / 2**20
@@ -47,8 +48,8 @@ def markdown(
         time = f"{time} ({spread})" if spread else time
         lines.append(
             _md_row(
-                [_md(task_name(row, board)), _md(row["label"])]
-                + [_md(plain(row[setting])) for setting in settings]
+                [md(task_name(row, board)), md(row["label"])]
+                + [md(plain(row[setting])) for setting in settings]
                 + [score, *(_number(row[count], 0) for count in COUNTS), time]
                 + [_number(memory, 0)]
             )
@@ -58,19 +59,20 @@ def markdown(
     for task in found[:ROWS]:
         said = verdict(task, rows)
         text = " ".join([f"best mean: {said.leader}.", *said.lines])
-        lines.append(f"- **{_md(task.name)}**: {_md(text)}")
+        lines.append(f"- **{md(task.name)}**: {md(text)}")
     lines += _more(len(found) - ROWS, "tasks")
     if not tables.faults.empty:
         lines += ["", f"Not here ({len(tables.faults)}):", ""]
         for fault in tables.faults.head(NOTES).itertuples():
             reason = str(fault.reason).strip().splitlines()[-1:]
-            lines.append(f"- {_md(str(fault.cell))}: {fault.status}: {_md(' '.join(reason))}")
+            lines.append(f"- {md(str(fault.cell))}: {fault.status}: {md(' '.join(reason))}")
         lines += _more(len(tables.faults) - NOTES, "cells")
     if notes:
-        lines += ["", *(f"- {_md(note)}" for note in notes[:NOTES])]
+        lines += ["", *(f"- {md(note)}" for note in notes[:NOTES])]
         lines += _more(len(notes) - NOTES, "notes")
     if command:
-        lines += ["", "```", command, "```"]
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
+        lines += ["", fence, command, fence]
     return "\n".join(lines) + "\n"
 
 
@@ -170,9 +172,9 @@ def _number(value: float, digits: int) -> str:
     return "" if pd.isna(value) else f"{value:.{digits}f}"
 
 
-def _md(text: str) -> str:
-    """Text that Markdown, and the HTML in it, leave as it is."""
-    escaped = re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(str(text).split()))
+def md(text: str) -> str:
+    """Text that Markdown, the HTML in it, and GitHub's mentions and formulas leave as it is."""
+    escaped = re.sub(r"([\\`*_\[\]|~$@#!])", r"\\\1", " ".join(str(text).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -188,4 +190,6 @@ def tex(text: str) -> str:
     """Text that LaTeX leaves as it is."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {"<": r"\textless{}", ">": r"\textgreater{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in str(text))
+    special |= {"[": "{[}", "*": "{*}"}  # after the end of a row, these would be told to it
+    line = printable(str(text))
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
@@ -77,12 +78,20 @@ def draw_all(summary: pd.DataFrame, folder: Path, swept: Sequence[str] = ()) -> 
     without = summary[summary["status"] != "complete"]
     counts = Counter(zip(without["algorithm"], without["status"], strict=True))
     left_out = ", ".join(f"{name} ({n} {status})" for (name, status), n in counts.items())
-    return save(accuracy(complete, left_out), folder / "accuracy")
+    figure = accuracy(_without_formulas(complete), as_text(left_out))
+    return save(figure, folder / "accuracy")
+
+
+def as_text(name: object) -> str:
+    """A name that matplotlib does not take for a formula."""
+    return str(name).replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PNG and SVG, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent.is_symlink():  # to a place that is not this run's
+        raise OSError(errno.ELOOP, f"{path.parent.name} is a link to elsewhere")
     written = []
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
         target = path.with_name(f"{path.name}.{kind}")
@@ -183,7 +192,7 @@ def _panel(axis: Axes, panel: pd.DataFrame, algorithms: list[str]) -> None:
 
 def draw_tables(tables: Tables, folder: Path) -> list[Path]:
     """Draw a report's figures; the paths of what was drawn, none where nothing is complete."""
-    everybody = tables.leaderboard[tables.leaderboard["seeds"] > 0]
+    everybody = _without_formulas(tables.leaderboard[tables.leaderboard["seeds"] > 0])
     if everybody.empty:
         return []
     board = everybody.groupby(["dataset", "ways", "shots", "device"], sort=False).head(MOST_DRAWN)
@@ -192,7 +201,7 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
     overs = set(board["over"])
     meaning = OVERS[overs.pop()] if len(overs) == 1 else "over seeds, or over episodes for one seed"
     less = tables.leaderboard[tables.leaderboard["failed"] > 0]
-    left_out = ", ".join(f"{row['label']} ({lost(row)})" for _, row in less.iterrows())
+    left_out = ", ".join(as_text(f"{row['label']} ({lost(row)})") for _, row in less.iterrows())
     figures = {
         "accuracy": scores_by_shots(scores, meaning, left_out),
         "adaptation": adaptation(board, tables.adaptation),
@@ -202,13 +211,28 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
         "memory": cost(board, "peak_memory_bytes", meaning),
     }
     if len(tables.sensitivity):
-        figures["sensitivity"] = sensitivity(everybody, tables.sensitivity, meaning)
+        figures["sensitivity"] = sensitivity(
+            everybody, _without_formulas(tables.sensitivity), meaning
+        )
     if len(tables.growth):
         figures["memory_steps"] = growth(board, tables.growth)
     if len(board) < len(everybody):
         for name in figures.keys() - {"sensitivity"}:
             figures[name].suptitle(f"the {MOST_DRAWN} best of each task", fontsize="small")
     return [path for name, figure in figures.items() for path in save(figure, folder / name)]
+
+
+def _without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with its names as :func:`as_text` has them."""
+    names = frame.columns.intersection(
+        ["algorithm", "dataset", "device", "label", "line", "axis", "value"]
+    )
+    return frame.assign(
+        **{
+            str(name): [as_text(v) if isinstance(v, str) else v for v in frame[name]]
+            for name in names
+        }
+    )
 
 
 def adaptation(board: pd.DataFrame, points: pd.DataFrame) -> Figure:

@@ -1,4 +1,8 @@
-"""Code that a user brings: the one way in for it besides entry points."""
+"""Code that a user brings: the one way in for it besides entry points.
+
+A settings file may name a plug-in, as the sweep.toml of each run does that had one. Such files come
+from other hands too, and are data: what they name is run if the command line names it as well.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,24 @@ import sys
 from pathlib import Path
 
 from bench.errors import BenchError
+
+
+def trusted(named: Path | None, asked: Path | None) -> Path | None:
+    """The plug-in to be run, if the command line asks for it.
+
+    Args:
+        named: by the settings, from wherever they are.
+        asked: by the command line.
+
+    Raises:
+        BenchError: a settings file alone asks for it.
+    """
+    if named is not None and asked is None:
+        raise BenchError(
+            f"--config names the plug-in {named}, whose code would be run; if you trust it, add "
+            f"--plugin {named}"
+        )
+    return named
 
 
 def load_plugin(path: Path | None) -> None:

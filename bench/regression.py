@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 from scipy import stats as distributions
 
 from bench.comparison import Entrant, Result, damage_notes, differing, read
 from bench.errors import BenchError
 from bench.measure import CALIBRATION, EVALUATION, STEP
+from bench.paper import md
 from bench.stats import Floats, Interval, episodes_to_resolve, non_inferiority
 from bench.store import Run, outcome
 from bench.sweep import told_apart
@@ -131,23 +133,24 @@ class Check:
         title = "what got worse" if self.worse else "what came nearest to its limit"
         table = Table(*HEADING, title=title, title_justify="left")
         for finding in self.worse or self.nearest:
-            table.add_row(*finding.cells)
+            table.add_row(*map(escape, finding.cells))
         return table
 
     def markdown(self) -> str:
         """For a job summary of GitHub Actions."""
         mark = ":x:" if self.regressed else ":white_check_mark:"
-        parts = [f"### {mark} {self.conclusion}"]
+        parts = [f"### {mark} {md(self.conclusion)}"]
         if self.worse:
             parts.append(_markdown_table(self.worse))
-        notes = "\n".join(f"- {note}" for note in [*self.notes, self.rule])
+        notes = "\n".join(f"- {md(note)}" for note in [*self.notes, self.rule])
         everything = _markdown_table(self.findings)
         parts += [notes, f"<details><summary>All checks</summary>\n\n{everything}\n\n</details>"]
         return "\n\n".join(parts) + "\n"
 
 
 def _markdown_table(findings: Iterable[Finding]) -> str:
-    rows = [HEADING, ("---",) * len(HEADING), *(finding.cells for finding in findings)]
+    cells = ((md(finding.setting), *finding.cells[1:]) for finding in findings)
+    rows = [HEADING, ("---",) * len(HEADING), *cells]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

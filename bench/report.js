@@ -164,7 +164,7 @@ function sensitivity(entries, task) {
     if (along.length === 0) return [];
     return [
       {
-        x: along.map((point) => point.value), y: along.map((point) => point.mean),
+        x: along.map((point) => (numbers ? point.value : plain(point.value))), y: along.map((point) => point.mean),
         name: plain(line), type: "scatter", mode: numbers ? "lines+markers" : "markers",
         line: { color: colour(look), dash: dash(look), width: 2 },
         marker: { color: colour(look), symbol: symbol(look), size: 8 },

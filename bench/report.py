@@ -37,6 +37,7 @@ from bench.findings import Task
 from bench.measure import GROWTH_TASKS
 from bench.paper import plain
 from bench.plots import COSTS
+from bench.reading import read_json
 from bench.store import Run
 from bench.sweep import Sweep
 from bench.tables import FAIRNESS, SETTING, Tables
@@ -222,6 +223,7 @@ def page(folder: Path, found: Tables, comparison: Comparison | None, notes: Sequ
         faults=found.faults.to_dict("records"),
         fault_counts=_fault_counts(found.faults),
         command=reproduction(sweep) if sweep else "",
+        code=shlex.join(["--plugin", str(sweep.plugin)]) if sweep and sweep.plugin else "",
         asked=(folder / "sweep.toml").read_text(encoding="utf-8") if sweep else "",
         environment=_environment(folder / "environment.json"),
         settings=_settings(found.leaderboard),
@@ -535,11 +537,11 @@ def _picture(figure: Figure) -> str:
 def _environment(path: Path) -> list[tuple[str, str]]:
     """What ``environment.json`` says, a line each; nothing where it cannot be read."""
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        written = read_json(path)
+        rows = written.items() if isinstance(written, dict) else []
+        return [(key.replace("_", " "), _said(value)) for key, value in rows if _said(value)]
+    except (OSError, ValueError, RecursionError):
         return []
-    rows = written.items() if isinstance(written, dict) else []
-    return [(key.replace("_", " "), _said(value)) for key, value in rows if _said(value)]
 
 
 def _said(value: Any) -> str:

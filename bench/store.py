@@ -15,7 +15,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ import filelock
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow.parquet as pq
 import tomli_w
 
 import algorithms
@@ -35,6 +34,7 @@ import datasets
 from bench.environment import environment
 from bench.errors import BenchError, DamagedError
 from bench.files import make_folder, storing, sync, write_table, write_text
+from bench.reading import cell_of, failures_of, figures_of, read_columns, read_json, word_of
 from bench.sweep import Cell, Sweep, in_order, varied
 
 SCORES = "episodes.parquet"
@@ -132,6 +132,8 @@ class Run:
     def workplace(self, cell: Cell) -> Path:
         """The folder in which a cell is being made."""
         folder = self.cells / f".{cell.id}"
+        if folder.is_symlink():  # to a place that is not this run's
+            folder.unlink()
         make_folder(folder)
         return folder
 
@@ -251,7 +253,7 @@ class Run:
         """What a cell's ``cell.json`` says that it is, whatever became of the other files."""
         try:
             written = _opened(self.cells / cell_id, RECORD)
-            cell = Cell(**written["settings"])
+            cell = cell_of(written["settings"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return cell if cell.id == cell_id else None
@@ -275,10 +277,9 @@ class Run:
     def failures(self) -> dict[str, Any]:
         """Why cells failed, by their id."""
         try:
-            failures: dict[str, Any] = json.loads((self.folder / "failures.json").read_text())
+            return failures_of(read_json(self.folder / "failures.json"))
         except (OSError, ValueError):
             return {}
-        return failures
 
     def left_out(self) -> list[str]:
         """The cells that came to nothing, and how."""
@@ -337,7 +338,8 @@ class Run:
         Raises:
             OSError, ValueError, KeyError: the file is not what it should be.
         """
-        read = read_columns(self.cells / cell.id / SCORES, "episode", "step", "metric")
+        path, rows = self.cells / cell.id / SCORES, cell.episodes * (cell.eval_steps + 1)
+        read = read_columns(path, "episode", "step", "metric", rows=rows)
         order = np.lexsort((read["step"], read["episode"]))
         episode, step = (read[name][order] for name in ("episode", "step"))
         shape = np.unique(episode).size, np.unique(step).size
@@ -348,22 +350,6 @@ class Run:
         ):
             raise ValueError("scores are not there once for each episode and step")
         return read["metric"][order].astype(np.float64).reshape(shape)
-
-
-def read_columns(
-    path: Path, *names: str, optional: Sequence[str] = ()
-) -> dict[str, npt.NDArray[Any]]:
-    """Columns of a small Parquet file, in a sixth of the time that a table of them takes: those of
-    thousands of cells are read for a report.
-
-    Raises:
-        OSError, ValueError: it cannot be read.
-        KeyError: it has no such column, and that is not optional.
-    """
-    with pq.ParquetFile(path) as file:
-        columns = file.read(columns=[*names, *optional], use_threads=False)
-    there = [*names, *(name for name in optional if name in columns.column_names)]
-    return {name: columns[name].to_numpy() for name in there}
 
 
 def in_threads(read: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
@@ -401,7 +387,7 @@ def _opened(folder: Path, name: str) -> dict[str, Any]:
         DamagedError: it is not as it was written.
     """
     try:
-        contents: dict[str, Any] = json.loads((folder / name).read_bytes())
+        contents: dict[str, Any] = read_json(folder / name)
         seal = contents.pop("sha256", None)
     except (ValueError, TypeError, AttributeError) as error:
         raise DamagedError(f"{name} is not JSON") from error
@@ -441,8 +427,8 @@ def _record(folder: Path, cell_id: str, thorough: bool) -> Record:
         if sizes.get(name) != known["bytes"]:
             raise DamagedError(f"{name} has {sizes.get(name, 0)} bytes, not {known['bytes']}")
     try:
-        cell = Cell(**contents["settings"])
-        record = Record(cell, contents["source"], contents["figures"])
+        cell = cell_of(contents["settings"])
+        record = Record(cell, word_of(contents["source"]), figures_of(contents["figures"]))
     except (ValueError, KeyError, TypeError):
         cell = None
     if cell is None or cell.id != cell_id:

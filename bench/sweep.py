@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,9 +35,61 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST_BYTES = 1 << 20
+"""Of a file with settings; they have some hundred."""
+MOST_CELLS = 100_000
+"""Of a sweep; more are a slip, and listing them alone would take hours."""
+MOST_LETTERS = 200
+"""Of a name or a word, which stands in tables, figures and file listings."""
+
+
+def _no_truth(value: Any) -> Any:
+    """``true`` is no number, though Python has it as 1."""
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+def _word(text: str) -> str:
+    """A name as it can stand in a table, a terminal or a figure: a line of letters and signs."""
+    if not text.isprintable():
+        raise ValueError("input should have printable characters alone")
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """A value that is one number, truth value or word."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        if not abs(value) < 2**63:  # NaN is not, either
+            raise ValueError("input should be a finite number of at most 63 bits")
+        return value
+    if not isinstance(value, str):
+        raise ValueError("input should be a number, a truth value or a word")
+    if len(value) > MOST_LETTERS:
+        raise ValueError(f"input should have at most {MOST_LETTERS} characters")
+    return _word(value)
+
+
+def _without_null(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path has no null character")
+    return path
+
+
+# What no training has more of: a slip of the finger is to be found before it fills the memory.
+Number = Annotated[int, BeforeValidator(_no_truth)]
+Few = Annotated[Number, Field(ge=1, le=10_000)]
+"""Ways, shots, tasks: what is held in memory at one time."""
+MOST_STEPS = 10_000
+Steps = Annotated[Number, Field(ge=0, le=MOST_STEPS)]
+Many = Annotated[Number, Field(ge=1, le=10**8)]
+Natural = Annotated[Number, Field(ge=0, lt=2**63)]
+Rate = Annotated[float, BeforeValidator(_no_truth), Field(gt=0, allow_inf_nan=False)]
+Word = Annotated[str, Field(max_length=MOST_LETTERS), AfterValidator(_word)]
+Plain = Annotated[Any, AfterValidator(_plain)]
+Place = Annotated[Path, AfterValidator(_without_null)]
 
 
 def _listed(kind: Callable[[str], Any]) -> BeforeValidator:
@@ -55,7 +109,7 @@ def _parsed(kind: Callable[[str], Any], item: Any) -> Any:
         try:
             return kind(item)
         except ValueError:
-            raise ValueError(f"{item!r} is not an integer") from None
+            raise ValueError(f"{_shown(item)} is not an integer") from None
     return item
 
 
@@ -69,10 +123,10 @@ def literal(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-Names = Annotated[list[str], Field(min_length=1), _listed(str)]
-Positives = Annotated[list[Positive], Field(min_length=1), _listed(int)]
+Names = Annotated[list[Word], Field(min_length=1), _listed(str)]
+Positives = Annotated[list[Few], Field(min_length=1), _listed(int)]
 Naturals = Annotated[list[Natural], Field(min_length=1), _listed(int)]
-Values = Annotated[list[Any], Field(min_length=1), _listed(literal)]
+Values = Annotated[list[Plain], Field(min_length=1), _listed(literal)]
 
 
 class Settings(BaseModel):
@@ -83,21 +137,21 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    iterations: Positive = 150
-    meta_batch: Positive = 4
+    iterations: Many = 150
+    meta_batch: Few = 4
     meta_lr: Rate = 0.001
     meta_optimizer: Literal["adam", "sgd"] = "adam"
     meta_schedule: Literal["constant", "linear", "cosine"] = "constant"
     meta_clip: Rate | None = None
-    test_shots: Positive = 5
-    train_shots: Positive | None = None
-    eval_steps: Natural = 3
-    episodes: Annotated[int, Field(ge=2)] = 600
+    test_shots: Few = 5
+    train_shots: Few | None = None
+    eval_steps: Steps = 3
+    episodes: Annotated[Number, Field(ge=2, le=10**7)] = 600
     eval_seed: Natural = 0
     protocol: Literal["independent", "disjoint", "lake"] = "independent"
-    val_episodes: Positive = 30
-    val_every: Positive | None = None
-    model: str | None = None
+    val_episodes: Annotated[Number, Field(ge=1, le=10**7)] = 30
+    val_every: Many | None = None
+    model: Word | None = None
 
 
 class Cell(Settings):
@@ -108,14 +162,14 @@ class Cell(Settings):
         hyperparameters: the algorithm's own, all of them.
     """
 
-    train_shots: Positive
-    algorithm: str
-    dataset: str
-    ways: int
-    shots: int
-    seed: int
-    device: str
-    hyperparameters: dict[str, Any]
+    train_shots: Few
+    algorithm: Word
+    dataset: Word
+    ways: Few
+    shots: Few
+    seed: Natural
+    device: Word
+    hyperparameters: dict[Word, Plain]
 
     @cached_property
     def id(self) -> str:
@@ -214,12 +268,12 @@ class Sweep(BaseModel):
     shots: Positives = [1]
     seeds: Naturals = [0]
     devices: Names = Field(default_factory=lambda: [best_device()])
-    set: dict[str, Values] = {}
+    set: dict[Word, Values] = {}
 
     verify_gradients: bool = False
-    data_root: Path | None = None
+    data_root: Place | None = None
     download: bool = False
-    plugin: Path | None = None
+    plugin: Place | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -227,7 +281,11 @@ class Sweep(BaseModel):
         """Put the settings that were given beside the axes into ``set``."""
         beside = {name: given[name] for name in given if name in OPTIONS}
         # Runs of before there was a "set" have their other hyperparameters in a table.
-        within = {**given.get("hyperparameters", {}), **given.get("set", {})}
+        within: dict[str, Any] = {}
+        for table in ("hyperparameters", "set"):
+            if not isinstance(given.get(table, {}), Mapping):
+                raise ValueError(f"'{table}' must be a table of settings")
+            within |= given.get(table, {})
         if twice := beside.keys() & within.keys():
             raise ValueError(f"{min(twice)} is given twice, the second time by 'set'")
         others = {n: v for n, v in given.items() if n not in (*beside, "hyperparameters")}
@@ -241,6 +299,11 @@ class Sweep(BaseModel):
                 raise ValueError(f"{name} is not for 'set': it stands for itself")
             for value in values if name in Settings.model_fields else ():
                 _setting(name, value)
+        axes: list[Sequence[Any]] = [self.algos, self.datasets, self.ways, self.shots]
+        axes += [self.seeds, self.devices, *self.set.values()]
+        count = math.prod(len(values) for values in axes)
+        if count > MOST_CELLS:
+            raise ValueError(f"{count:,} cells were asked for; a sweep has at most {MOST_CELLS:,}")
         return self
 
     def cells(self) -> list[Cell]:
@@ -282,7 +345,9 @@ class Sweep(BaseModel):
         for name in self.set:
             if name not in known and name not in COMMON:
                 who = ", ".join(self.algos)
-                raise BenchError(f"there is no setting {name!r} of {who}{_nearest(name, known)}")
+                raise BenchError(
+                    f"there is no setting {_shown(name)} of {who}{_nearest(name, known)}"
+                )
 
     def _cell(
         self,
@@ -343,9 +408,12 @@ def value_of(algorithm: str, name: str, value: Any) -> Any:
             raise BenchError(str(error)) from error
     types = algorithms.hyperparameter_types(algorithms.get(algorithm))
     try:
-        return _typed(_adapter(types.get(name, Any)).validate_python, value)
+        found = _typed(_adapter(types.get(name, Any)).validate_python, value)
     except ValidationError as error:
         raise BenchError(f"{algorithm}: {name.replace('_', '-')}: {_complaint(error)}") from error
+    if isinstance(found, int) and abs(found) > MOST_STEPS:
+        raise BenchError(f"{algorithm}: {name.replace('_', '-')}: {found:,} is more than any takes")
+    return found
 
 
 def _setting(name: str, value: Any) -> Any:
@@ -383,16 +451,11 @@ def read_sweep(path: Path | None, asked: Mapping[str, Any]) -> Sweep:
     """
     written: dict[str, Any] = {}
     if path is not None:
-        try:
-            written = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BenchError(f"cannot read {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise BenchError(f"{path} is not a TOML file: {error}") from error
+        written = _toml(path)
         known = (*Sweep.model_fields, *OPTIONS, "hyperparameters")
         for key in written:
             if key not in known:
-                raise BenchError(f"{path}: there is no setting {key!r}{_nearest(key, known)}")
+                raise BenchError(f"{path}: there is no setting {_shown(key)}{_nearest(key, known)}")
     try:
         over = Sweep(**{**asked, "set": _assigned(asked.get("set", {}))})
         under = Sweep(**written)
@@ -400,6 +463,21 @@ def read_sweep(path: Path | None, asked: Mapping[str, Any]) -> Sweep:
         raise BenchError(first_fault(error)) from error
     given = {name: getattr(over, name) for name in over.model_fields_set}
     return under.model_copy(update=given | {"set": under.set | over.set})
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:  # which may be a device without end
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise BenchError(f"{path} has more than {MOST_BYTES >> 20} MiB; settings have not")
+        return tomllib.loads(content.decode())
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror}") from error
+    except BenchError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists
+        raise BenchError(f"{path} is not a TOML file: {error}") from error
 
 
 def _assigned(given: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
@@ -481,11 +559,22 @@ def _complaint(error: ValidationError) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     plain = isinstance(fault["input"], str | int | float | list | None)
-    return f"{message} (got {fault['input']!r})" if plain else message
+    return f"{message} (got {_shown(fault['input'])})" if plain else message
+
+
+def _shown(value: Any) -> str:
+    """A value that was refused, or how it begins."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    except RecursionError:
+        return "lists in lists"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:MOST_LETTERS], list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
 
 

@@ -20,11 +20,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from bench.comparison import Entrant, Result, entrants, labels, result
-from bench.errors import BenchError, DamagedError
+from bench.errors import BenchError, DamagedError, printable
 from bench.measure import GROWTH
 from bench.plots import COSTS
-from bench.stats import Over, mean_interval
-from bench.store import TRAINING, Record, Run, in_threads, outcome, read_columns
+from bench.reading import is_score, read_columns
+from bench.stats import Over, finite, mean_interval
+from bench.store import TRAINING, Record, Run, in_threads, outcome
 from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
 
 SETTING = ("dataset", "ways", "shots", "device")
@@ -146,7 +147,7 @@ def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
     names = run.cell_ids()
     for name, found in zip(names, in_threads(partial(_load, run), names), strict=True):
         if isinstance(found, str):
-            cell, place = run.described(name), f"cells/{name}"
+            cell, place = run.described(name), f"cells/{printable(name)}"
             faults.append((f"{cell} ({place})" if cell else place, "damaged", found))
         else:
             loaded.append(found)
@@ -162,15 +163,17 @@ def _load(run: Run, cell_id: str) -> _Loaded | str:
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     cell, figures = record.cell, record.figures
+    if figures.get("metric") not in ("accuracy", "mse") or not is_score(figures.get("mean")):
+        return "ValueError: cell.json has no score"
     try:
-        if figures.get("metric") not in ("accuracy", "mse") or not math.isfinite(figures["mean"]):
-            return "ValueError: cell.json has no score"
         found = result(run, record)
-        training = read_columns(run.cells / cell.id / TRAINING, *TRAINED, optional=["val_metric"])
+        finite(found.by_step, "scores", 2)
+        path = run.cells / cell.id / TRAINING
+        training = read_columns(path, *TRAINED, rows=cell.iterations, optional=["val_metric"])
         loaded = _Loaded(found, _curve(training), _peaks(found))
     except KeyError as error:
         return f"ValueError: no column {error}"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # a file of other hands can fail its reader in any way
         return f"{type(error).__name__}: {error}"
     if loaded.scores.shape != (cell.episodes, cell.eval_steps + 1):
         return f"ValueError: scores of {len(loaded.scores)} episodes, not of {cell.episodes}"
@@ -208,15 +211,9 @@ def _curve(training: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]
 
 
 def _failures(run: Run) -> Iterator[tuple[Cell, str, str]]:
-    """The cells that came to nothing, whether they failed or diverged, and why; what cannot be read
-    is skipped (the cell is then missing)."""
-    failures = run.failures()
-    for failure in failures.values() if isinstance(failures, dict) else []:
-        try:
-            cell, reason = Cell(**failure["settings"]), str(failure["reason"])
-            yield cell, outcome(failure)["status"], reason
-        except (KeyError, TypeError, ValueError):
-            continue
+    """The cells that came to nothing, whether they failed or diverged, and why."""
+    for failure in run.failures().values():
+        yield Cell(**failure["settings"]), outcome(failure)["status"], failure["reason"]
 
 
 def missing(sweep: Sweep, there: Sequence[Cell]) -> list[str]:

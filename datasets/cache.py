@@ -30,7 +30,7 @@ def cached(name: str, identity: str, build: Callable[[], Tensors]) -> Tensors:
         identity: everything that decides the content; a change of it is another file.
         build: makes the tensors; pure.
     """
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:16]
     path = cache_folder() / "derived" / f"{name}-{digest}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):
         return load_file(path)

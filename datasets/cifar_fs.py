@@ -7,11 +7,12 @@ al. 2018 (TADAM). The training and test pictures of CIFAR-100 are pooled in both
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ ADDRESS = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
 MD5 = "eb9058c3a382ffc7106e4002c42a8d85"
 FOLDER = "cifar-100-python"
 SHAPE = (3, 32, 32)
+MOST_BYTES = 1 << 30
+"""Of the archive unpacked, which has 188 MB; more is an archive made to fill the memory."""
+MOST_MEMBERS = 1000
 VERSION = 1
 """Part of what a cached result is known by: raise it when the pixels come out otherwise."""
 
@@ -124,29 +128,69 @@ def by_class(path: Path) -> dict[str, Tensor]:
     Raises:
         DatasetError: an archive that is cut short, or not that of CIFAR-100.
     """
-    content = {}
     try:
-        with tarfile.open(path) as archive:
-            for name in ("meta", "train", "test"):
-                file = archive.extractfile(f"{FOLDER}/{name}")
-                if file is None:
-                    raise DatasetError(f"{path}: {FOLDER}/{name} is not a file")
-                content[name] = pickles.read(file, f"{path}: {FOLDER}/{name}")
-    except KeyError as error:
-        raise DatasetError(f"{path} is not CIFAR-100's archive: {error.args[0]}") from error
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DatasetError(f"{path} is not a whole tar.gz archive ({error})") from error
+        content = _contents(path, ("meta", "train", "test"))
+    # tarfile and the decompressor fail over corrupt data in ways of their own
+    except (OSError, EOFError, ValueError, IndexError, tarfile.TarError, zlib.error) as error:
+        if isinstance(error, DatasetError):
+            raise
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path} is not a whole tar.gz archive ({reason})") from error
     try:
         names = list(content["meta"]["fine_label_names"])
-        images, labels = (
-            np.concatenate([np.asarray(content[part][key]) for part in ("train", "test")])
-            for key in ("data", "fine_labels")
+        pictures = [content[part]["data"] for part in ("train", "test")]
+        labels = np.concatenate(
+            [pickles.integers(content[part]["fine_labels"]) for part in ("train", "test")]
         )
-        images = images.reshape(len(labels), *SHAPE)
-        counts = np.bincount(labels, minlength=len(FINE))
-    except (TypeError, KeyError, IndexError, ValueError) as error:
+        if not all(isinstance(part, np.ndarray) for part in pictures):
+            raise TypeError("not arrays")
+        images = np.concatenate(pictures).reshape(len(labels), *SHAPE)
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
         raise DatasetError(f"{path} does not hold CIFAR-100's pictures and labels") from error
-    if names != FINE or len(counts) != len(FINE) or images.dtype != np.uint8:
+    known = ((labels >= 0) & (labels < len(FINE))).all()
+    if names != FINE or not known or images.dtype != np.uint8:
         raise DatasetError(f"{path} does not hold the {len(FINE)} classes of CIFAR-100")
+    counts = np.bincount(labels, minlength=len(FINE))
     order = np.argsort(labels, kind="stable")
     return {"images": torch.from_numpy(images[order]), "counts": torch.from_numpy(counts)}
+
+
+def _contents(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What files of the archive hold, by their names. Nothing is extracted: no name in the archive
+    is ever a place on the disk, and links in it are not followed."""
+    wanted = {f"{FOLDER}/{name}": name for name in names}
+    content: dict[str, Any] = {}
+    with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as archive:
+        members = 0
+        while (member := archive.next()) is not None:
+            members += 1
+            if members > MOST_MEMBERS:
+                raise DatasetError(f"{path} has more than {MOST_MEMBERS:,} members")
+            if member.name not in wanted:
+                continue
+            file = archive.extractfile(member) if member.isreg() else None
+            if file is None or member.issparse():
+                raise DatasetError(f"{path}: {member.name} is not a file, but a link or the like")
+            content[wanted[member.name]] = pickles.read(file, f"{path}: {member.name}")
+    for member_name, name in wanted.items():
+        if name not in content:
+            raise DatasetError(f"{path} is not CIFAR-100's archive: it has no {member_name}")
+    return content
+
+
+class _Unpacked(gzip.GzipFile):
+    """An unpacked file that ends in an error at :data:`MOST_BYTES`, before they are unpacked."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._reach(self.tell() + (MOST_BYTES + 1 if size is None or size < 0 else size))
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._reach(offset)
+        return super().seek(offset, whence)
+
+    def _reach(self, place: int) -> None:
+        if place > MOST_BYTES:
+            raise DatasetError(
+                f"{self.name} unpacks to more than {MOST_BYTES >> 20} MiB, which CIFAR-100 does not"
+            )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import shutil
 import tempfile
 import urllib.request
 from pathlib import Path
+from typing import IO
 
 from datasets.episodes import DatasetError
+
+MOST_BYTES = 1 << 30
+"""Of a download; the largest archive that a dataset knows an address of has 169 MB."""
 
 SILENCE = 60
 """Seconds without a byte after which a download is given up."""
@@ -36,7 +39,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
     Raises:
         DatasetError: the address cannot be read, the folder cannot be written, or the content is
-            not what was published. Nothing is left behind.
+            too large or not what was published. Nothing is left behind.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
                 os.fdopen(handle, "wb") as file,
                 urllib.request.urlopen(url, timeout=SILENCE) as answer,
             ):
-                shutil.copyfileobj(answer, file)
+                _copied(answer, file, url)
             found = digest(aside, "md5")
             if found != md5:
                 raise DatasetError(f"{url} sent a file with md5 {found}, not {md5}; it was dropped")
@@ -57,6 +60,15 @@ def fetch(url: str, path: Path, md5: str) -> None:
             aside.unlink(missing_ok=True)
     except (OSError, http.client.HTTPException) as error:
         raise DatasetError(f"{url} could not be fetched to {path}: {error}") from error
+
+
+def _copied(answer: IO[bytes], file: IO[bytes], url: str) -> None:
+    written = 0
+    while block := answer.read(1 << 20):
+        written += len(block)
+        if written > MOST_BYTES:
+            raise DatasetError(f"{url} sends more than {MOST_BYTES >> 20} MiB; it was dropped")
+        file.write(block)
 
 
 def digest(path: Path, algorithm: str) -> str:

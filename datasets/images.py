@@ -26,6 +26,9 @@ SUFFIXES = frozenset(
 # Named, because Pillow would otherwise try every format it knows, and hand PostScript to
 # Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_SIDE = 1 << 16
+"""Pixels, as far as JPEG's go: to shrink a picture takes memory for each of its rows and columns,
+and one a pixel high can have as many columns as Pillow lets it have pixels."""
 VERSION = 1
 """Part of what a cached result is known by: raise it when the pixels come out otherwise."""
 
@@ -78,15 +81,25 @@ def bombs_refused() -> Iterator[None]:
         yield
 
 
-def decode(source: Path | bytes, where: str) -> Image.Image:
+def decode(source: Path | bytes, where: str, size: tuple[int, int] | None = None) -> Image.Image:
     """A picture, fully read.
 
+    Args:
+        source: a file or its content.
+        where: what to call it in a message.
+        size: what it must have, if that is known.
+
     Raises:
-        DatasetError: not a picture, or one cut short, corrupt or absurdly large; names ``where``.
+        DatasetError: not a picture, or one cut short, corrupt, of another size or an absurd one,
+            which is found before its pixels are decoded; names ``where``.
     """
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=FORMATS) as image:
+            if size not in (None, image.size):
+                raise ValueError(f"it is {image.width}x{image.height}, not {size[0]}x{size[1]}")
+            if max(image.size) > MOST_SIDE:
+                raise ValueError(f"{image.width}x{image.height} is no size of a picture")
             image.load()
             return image
     except Exception as error:  # each format raises errors of its own over corrupt data
@@ -103,10 +116,19 @@ def colour(path: Path, size: int) -> Pixels:
     image = decode(path, str(path))
     if image.mode.startswith(("I", "F")):
         raise DatasetError(f"{path} has {image.mode} pixels; it must have 8 bits a channel")
-    image = ImageOps.exif_transpose(image)
-    if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
-        # Converting alone would show what lies under the transparent parts, often black on black.
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image.convert("RGBA"))
-    image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    try:
+        image = _opaque(ImageOps.exif_transpose(image))
+        image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    except Exception as error:  # over corrupt metadata too
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DatasetError(f"{path} cannot be read as a picture: {reason}") from error
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """A picture on white paper: converting alone would show what lies under its transparent parts,
+    often black on black."""
+    if "transparency" not in image.info and image.mode not in ("LA", "PA", "RGBA"):
+        return image
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image.convert("RGBA"))

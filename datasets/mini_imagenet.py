@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from datasets import pickles
@@ -20,6 +21,7 @@ from datasets.episodes import ClassSource, DatasetError
 from datasets.images import SUFFIXES, photographs
 
 SIDE = 84
+SHAPE = f"(N, {SIDE}, {SIDE}, 3)"
 WNID = 9
 """Letters of a WordNet id, with which the name of a picture begins: n01532829..."""
 
@@ -99,26 +101,39 @@ def from_pickle(path: Path, wnids: list[str]) -> ClassSource:
 def _checked(content: Any, path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The pictures ``(N, 84, 84, 3)`` and the rows of each class of a pickled cache."""
     try:
-        images = np.asarray(content["image_data"])
-        rows = {str(wnid): np.asarray(at) for wnid, at in content["class_dict"].items()}
+        images, classes = content["image_data"], dict(content["class_dict"].items())
     except (TypeError, KeyError, IndexError, AttributeError, ValueError) as error:
         raise DatasetError(f"{path} must hold image_data and class_dict") from error
+    if not isinstance(images, np.ndarray):
+        raise DatasetError(f"image_data of {path} is no array; it must be uint8 {SHAPE}")
     if images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
         raise DatasetError(
-            f"image_data of {path} is {images.dtype} {images.shape}; it must be uint8 "
-            f"(N, {SIDE}, {SIDE}, 3)"
+            f"image_data of {path} is {images.dtype} {images.shape}; it must be uint8 {SHAPE}"
         )
-    for wnid, at in rows.items():
-        if at.ndim != 1 or at.dtype.kind not in "iu" or not ((at >= 0) & (at < len(images))).all():
-            raise DatasetError(f"class_dict of {path} has rows of {wnid} that image_data has not")
+    rows = {str(wnid): _rows(at, len(images), f"{wnid}"[:20], path) for wnid, at in classes.items()}
+    if sum(map(len, rows.values())) > len(images):
+        raise DatasetError(f"class_dict of {path} has more rows than image_data")
     return images, rows
+
+
+def _rows(at: Any, count: int, wnid: str, path: Path) -> npt.NDArray[np.integer[Any]]:
+    """The rows of a class, if there are such."""
+    try:
+        rows = pickles.integers(at)
+        if not ((rows >= 0) & (rows < count)).all():
+            raise ValueError("out of bounds")
+    except (ValueError, OverflowError) as error:
+        raise DatasetError(
+            f"class_dict of {path} has rows of {wnid} that image_data has not"
+        ) from error
+    return rows
 
 
 def found(images: Path) -> dict[str, list[Path]]:
     """The pictures in a folder, or one folder further down, by the class their names begin with."""
     classes: dict[str, list[Path]] = {}
     for path in sorted([*images.glob("n*.*"), *images.glob("n*/n*.*")]):
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in SUFFIXES and path.is_file():
             classes.setdefault(path.name[:WNID], []).append(path)
     return classes
 
@@ -127,12 +142,19 @@ def listed(table: Path, images: Path) -> dict[str, list[Path]]:
     """The pictures that a table names, by class."""
     present = {path.name: path for paths in found(images).values() for path in paths}
     classes: dict[str, list[Path]] = {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        if not {"filename", "label"} <= set(rows.fieldnames or ()):
-            raise DatasetError(f"{table} must begin with the line 'filename,label'")
-        for row in rows:
-            if row["filename"] not in present:
-                raise DatasetError(f"{table} lists {row['filename']!r}, which {images} has not")
-            classes.setdefault(row["label"], []).append(present[row["filename"]])
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            if not {"filename", "label"} <= set(rows.fieldnames or ()):
+                raise DatasetError(f"{table} must begin with the line 'filename,label'")
+            for row in rows:
+                path = present.pop(row["filename"], None)  # each once: a table cannot fill memory
+                if path is None:
+                    name = str(row["filename"])[:100]
+                    raise DatasetError(
+                        f"{table} lists {name!r}, which {images} has not, or the table twice"
+                    )
+                classes.setdefault(str(row["label"]), []).append(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{table} cannot be read as a table: {error}") from error
     return classes

@@ -41,11 +41,20 @@ MD5 = {
 }
 RUNS_ARCHIVE = "one-shot-classification/all_runs.zip"
 RUNS_MD5 = "e8996daecdf12afeeb4a53a179f06b19"
-LAYOUT = re.compile(r"(?P<character>[^/]+/character\d\d)/\d{4}_\d\d\.png")
+LAYOUT = re.compile(r"(?P<character>(?!\.)[^/\\\x00-\x1f]+/character\d\d)/\d{4}_\d\d\.png")
 DRAWN = (105, 105)
 SIDE = 28
 MOST_BYTES = 1 << 20
 """Of one drawing; they have some hundred. More is an archive made to fill the memory."""
+MOST_BYTES_IN_ALL = 1 << 28
+"""Of the drawings of an archive; they have 4 million."""
+MOST_MEMBERS = 100_000
+"""Of an archive; they have some 20,000."""
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Those of which Python unpacks no more than is asked for."""
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises over what it cannot read; a RuntimeError is an encrypted member or an unknown
+compression, a ValueError a name or a place that cannot be."""
 VERSION = 1
 """Part of what a cached result is known by: raise it when the pixels come out otherwise."""
 
@@ -185,8 +194,10 @@ def drawings(path: Path) -> dict[str, list[str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = sorted(set(archive.namelist()))
-    except (OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise DatasetError(f"{path} is not a whole zip archive ({error})") from error
+    if len(members) > MOST_MEMBERS:
+        raise DatasetError(f"{path} has more than {MOST_MEMBERS:,} members")
     layout = f"{path.stem}/Alphabet/characterNN/NNNN_NN.png"
     found: dict[str, list[str]] = {}
     for member in members:
@@ -209,16 +220,22 @@ def _decoded(paths: Sequence[Path], listings: Sequence[dict[str, list[str]]]) ->
     checksums = " ".join(digest(path, "sha256") for path in paths)
 
     def build() -> dict[str, Tensor]:
-        encoded = [
-            entry
-            for path, listing in zip(paths, listings, strict=True)
-            for entry in _read(path, [member for files in listing.values() for member in files])
-        ]
-        with bombs_refused():
-            return {"images": torch.from_numpy(np.stack([_drawing(entry) for entry in encoded]))}
+        parts = [pictures(path, listing) for path, listing in zip(paths, listings, strict=True)]
+        return {"images": torch.cat(parts)}
 
     identity = f"omniglot {VERSION} {SIDE} pillow {PIL.__version__} {checksums}"
     return cached("omniglot", identity, build)["images"]
+
+
+def pictures(path: Path, listing: dict[str, list[str]]) -> Tensor:
+    """Every drawing of an archive, in the order of the listing: uint8 ``(N, 28, 28)``.
+
+    Raises:
+        DatasetError: an archive or a drawing that cannot be read; names it.
+    """
+    encoded = _read(path, [member for files in listing.values() for member in files])
+    with bombs_refused():
+        return torch.from_numpy(np.stack([_drawing(entry) for entry in encoded]))
 
 
 def _read(path: Path, members: Sequence[str]) -> list[tuple[str, bytes]]:
@@ -228,19 +245,30 @@ def _read(path: Path, members: Sequence[str]) -> list[tuple[str, bytes]]:
             for member in members:
                 if member not in archive.NameToInfo:
                     raise DatasetError(f"{path} holds no {member!r}")
-                if archive.getinfo(member).file_size > MOST_BYTES:
-                    raise DatasetError(f"{path}: {member} is too large to be a drawing")
-            return [(f"{path}: {member}", archive.read(member)) for member in members]
-    # zipfile's RuntimeError is an encrypted member, NotImplementedError an unknown compression
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            entries = [archive.getinfo(member) for member in members]
+            for entry in entries:
+                if entry.file_size > MOST_BYTES:
+                    raise DatasetError(f"{path}: {entry.filename} is too large to be a drawing")
+                if entry.compress_type not in COMPRESSIONS:
+                    raise DatasetError(f"{path}: {entry.filename} is neither stored nor deflated")
+            if sum(entry.file_size for entry in entries) > MOST_BYTES_IN_ALL:
+                raise DatasetError(f"{path} unpacks to more than {MOST_BYTES_IN_ALL >> 20} MiB")
+            return [(f"{path}: {entry.filename}", _content(archive, entry)) for entry in entries]
+    except DatasetError:
+        raise
+    except UNREADABLE as error:
         raise DatasetError(f"{path} is corrupt ({error})") from error
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """A member, unpacked no further than it says that it goes."""
+    with archive.open(entry) as file:
+        return file.read(entry.file_size + 1)
 
 
 def _drawing(entry: tuple[str, bytes]) -> Pixels:
     where, data = entry
-    image = decode(data, where)
-    if image.size != DRAWN:
-        raise DatasetError(f"{where} is {image.width}x{image.height}; Omniglot's are 105x105")
+    image = decode(data, where, DRAWN)
     ink = ImageOps.invert(image.convert("L"))
     return np.asarray(ink.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 

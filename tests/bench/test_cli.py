@@ -58,7 +58,7 @@ def test_a_sweep_ends_in_a_table_a_plot_and_a_folder_of_results(bench, tmp_path:
     status, again, _ = bench("run", "--algos", "maml,reptile", "--shots", "1,2", *QUICK)
     assert status == 0
     assert "4 of 4 cells are done already" in again
-    status, out, _ = bench("run", "--config", str(folder / "sweep.toml"))
+    status, out, _ = bench("run", "--config", str(folder / "sweep.toml"), "--plugin", str(TINY))
     assert status == 0
     assert "4 of 4 cells are done already" in out
 
@@ -72,7 +72,7 @@ def test_a_swept_hyperparameter_tells_rows_apart_everywhere(bench, tmp_path: Pat
     summary = pd.read_csv(tmp_path / "r" / "summary.csv")
     assert tuple(summary.columns) == (*SUMMARY_COLUMNS, "inner_lr")
     assert summary["inner_lr"].tolist() == [0.05, 0.4]
-    status, out, _ = bench("run", "--config", "r/sweep.toml", "--out", "r")
+    status, out, _ = bench("run", "--config", "r/sweep.toml", "--plugin", str(TINY), "--out", "r")
     assert "2 of 2 cells are done already" in out
     status, out, _ = bench("compare", "r")
     assert "maml (inner_lr 0.05)" in out

@@ -15,68 +15,9 @@ import pytest
 
 from bench import findings, paper, report, tables
 from bench.failures import lost, scoreless
-from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run
-from bench.sweep import Cell
+from bench.store import SCORES, Run
 from tests.bench.conftest import QUICK
-
-LEVELS = {"maml": 0.80, "anil": 0.72, "reptile": 0.76}
-EPISODES = 40
-
-
-def cell_of(algorithm: str, seed: int = 0, **settings: Any) -> Cell:
-    chosen = {
-        **{"dataset": "glyphs", "ways": 5, "shots": 1, "device": "cpu", "train_shots": 1},
-        **{"iterations": 80, "episodes": EPISODES, "eval_steps": 3},
-        "hyperparameters": {"inner_steps": 1, "inner_lr": 0.4, "norm": "transductive"},
-    }
-    return Cell(algorithm=algorithm, seed=seed, **(chosen | settings))
-
-
-def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = None) -> None:
-    """Put a cell with made-up results in a run."""
-    if level is None:
-        level = LEVELS.get(cell.algorithm, 0.6)
-    # All cells meet the same episodes, so part of what happens in one is the same for all.
-    shared = np.random.default_rng(0).normal(0, 0.05, cell.episodes)
-    own = np.random.default_rng([cell.seed, *cell.algorithm.encode()])
-    steps = cell.eval_steps + 1
-    rise = level * (1 - 0.5 * 0.3 ** np.arange(steps))
-    scores = rise + shared[:, None] + own.normal(0, 0.02, (cell.episodes, steps))
-    workplace = run.workplace(cell)
-    pd.DataFrame(
-        {
-            "episode": np.repeat(np.arange(cell.episodes), steps),
-            "step": np.tile(np.arange(steps), cell.episodes),
-            "loss": 1 - scores.ravel(),
-            "metric": scores.ravel(),
-        }
-    ).to_parquet(workplace / SCORES)
-    iterations = np.arange(1, cell.iterations + 1)
-    training = pd.DataFrame({"iteration": iterations, "loss": 1.0, "metric": level, "seconds": 0.1})
-    validated = iterations % 20 == 0
-    training["val_metric"] = np.where(validated, level * iterations / cell.iterations, np.nan)
-    training.to_parquet(workplace / TRAINING)
-    repeat = np.arange(7)
-    cost = 0.01 * (1 + len(cell.algorithm)) * (1 + 0.01 * repeat)
-    performance = {"phase": "meta_step", "repeat": repeat, "seconds": cost, "session": "s"}
-    performance |= {"process_seconds": cost, "peak_bytes": 2**20 * len(cell.algorithm)}
-    steps = pd.Series([1, 2, 4, 8])
-    growth = {
-        "phase": "growth",
-        "inner_steps": steps,
-        "peak_bytes": 2**20 * (5 + cell.seed + steps),
-    }
-    measured = pd.concat([pd.DataFrame(growth), pd.DataFrame(performance)])
-    measured.to_parquet(workplace / PERFORMANCE, index=False)
-    (workplace / CHECKPOINT).write_bytes(b"weights")
-    last = scores[:, -1]
-    figures = {
-        **{"metric": metric, "mean": last.mean(), "ci95": 2 * last.std() / len(last) ** 0.5},
-        **{"train_seconds": 8.0, "step_ms": 1e3 * cost[3], "eval_ms_per_episode": 2.0},
-        **{"peak_memory_bytes": 2**20 * len(cell.algorithm), "step_gflops": 0.1},
-        "episode_address": f"{cell.dataset}/{cell.ways}/{cell.shots}/{cell.test_shots}",
-    }
-    run.complete(cell, "abc", figures)
+from tests.bench.made_up import EPISODES, LEVELS, NASTY, add, cell_of, nasty
 
 
 def sample(folder: Path) -> Run:
@@ -580,6 +521,39 @@ def test_what_comes_from_data_is_text(page) -> None:
     page.get_by_label("Task", exact=True).select_option(label="<b>&, 5-way 1-shot")
     page.get_by_label("Task", exact=True).select_option(label="glyphs, 5-way 1-shot")
     assert "<script>alert(1)</script>" in page.locator("#chart-scores").inner_text()
+
+
+@needs_browser
+def test_no_name_runs_or_becomes_markup(browser, tmp_path: Path) -> None:
+    run = nasty(tmp_path / "run")
+    found = tables.read(run)
+    comparison, notes = report._compared(run.folder)
+    assert comparison is not None
+    path = tmp_path / "report.html"
+    path.write_text(report.page(run.folder, found, comparison.rows, notes))
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))  # a refusal of the policy too
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert set(NASTY) <= set(shown(page))
+    assert page.locator("img, iframe, object, embed, a[href^=javascript]").count() == 0
+    assert page.locator("script").count() == 4  # data, Plotly packed, our own, Plotly unpacked
+    tasks = page.get_by_label("Task", exact=True)
+    for index in range(tasks.locator("option").count()):
+        tasks.select_option(str(index))
+        for name in ("scores", "adaptation", "learning", "growth", "cost"):
+            assert page.locator(f"#chart-{name} .scatterlayer .trace").count() > 1
+        for name in NASTY:
+            assert name in page.locator("#chart-scores").inner_text()
+    tasks.select_option(label="glyphs, 5-way 1-shot")
+    ticks = page.locator("#chart-sensitivity .xtick").all_text_contents()
+    assert set(ticks) <= set(NASTY)
+    assert len(ticks) > 1
+    assert said == []
+    page.close()
 
 
 @needs_browser

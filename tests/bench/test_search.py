@@ -73,8 +73,8 @@ def test_a_run_takes_the_best_settings(bench, tmp_path: Path) -> None:
     assert (
         bench("search", *FIXED, "--space", "inner_lr=0.1:1", "--trials", "1", "--out", "s")[0] == 0
     )
-    config = ("--config", "s/best-maml.toml", "--episodes", "20", "--out", "r")
-    assert bench("run", *config)[0] == 0
+    config = ("--config", "s/best-maml.toml", "--plugin", str(TINY), "--episodes", "20")
+    assert bench("run", *config, "--out", "r")[0] == 0
     (record,) = Run(tmp_path / "r").records()
     (found,) = pd.read_parquet(tmp_path / "s" / "trials.parquet")["inner_lr"]
     assert record.cell.hyperparameters["inner_lr"] == found

@@ -136,3 +136,92 @@ def test_an_archive_without_a_part_is_named(tmp_path: Path) -> None:
 def test_a_missing_archive_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"--download fetches it from https://www.cs.toronto"):
         CIFARFS(tmp_path).load("train")
+
+
+# Archives that are not meant well
+
+
+def evil(root: Path, members: list[tarfile.TarInfo], content: bytes = b"") -> Path:
+    """An archive with these members before those of CIFAR-100."""
+    path = root / "cifar100" / "cifar-100-python.tar.gz"
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for member in members:
+            member.size = len(content) if member.isreg() else 0
+            archive.addfile(member, io.BytesIO(content) if member.isreg() else None)
+        for name, value in {"meta": {"fine_label_names": FINE}, "train": pictures(1)}.items():
+            data = pickle.dumps(value, 2)
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, to: str = "") -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, to
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [
+        (tarfile.SYMTYPE, "/etc/passwd"),
+        (tarfile.SYMTYPE, "test"),  # of itself, without end
+        (tarfile.LNKTYPE, "cifar-100-python/test"),
+        (tarfile.CHRTYPE, ""),
+        (tarfile.FIFOTYPE, ""),
+        (tarfile.DIRTYPE, ""),
+    ],
+)
+def test_what_is_no_file_is_not_read(tmp_path: Path, kind: bytes, to: str) -> None:
+    evil(tmp_path, [member("cifar-100-python/test", kind, to)])
+    with pytest.raises(DatasetError, match="is not a file, but a link or the like"):
+        CIFARFS(tmp_path).load("train")
+
+
+def test_names_that_leave_the_folder_lead_nowhere(tmp_path: Path) -> None:
+    names = ("../../evil", "/tmp/evil-of-bench", "cifar-100-python/../../../evil")
+    evil(tmp_path, [member(name) for name in names], b"evil")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DatasetError, match="it has no cifar-100-python/test"):
+        CIFARFS(tmp_path).load("train")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("/tmp/evil-of-bench").exists()
+
+
+def test_an_archive_that_unpacks_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.cifar_fs.MOST_BYTES", 1 << 22)
+    path = evil(tmp_path, [member("zeros")], bytes(1 << 23))
+    assert path.stat().st_size < 1 << 21
+    with pytest.raises(DatasetError, match="unpacks to more than 4 MiB"):
+        CIFARFS(tmp_path).load("train")
+
+
+def test_an_archive_of_a_million_members_is_refused(tmp_path: Path) -> None:
+    evil(tmp_path, [member(f"{number}") for number in range(1001)])
+    with pytest.raises(DatasetError, match="more than 1,000 members"):
+        CIFARFS(tmp_path).load("train")
+
+
+def test_a_sparse_file_of_a_terabyte_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cifar100" / "cifar-100-python.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        sparse = member("cifar-100-python/meta")
+        sparse.pax_headers = {
+            **{"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,1"},
+            **{"GNU.sparse.size": str(1 << 40), "GNU.sparse.name": "cifar-100-python/meta"},
+        }
+        archive.addfile(sparse)
+    with pytest.raises(DatasetError, match="is not a file"):
+        CIFARFS(tmp_path).load("train")
+
+
+@pytest.mark.parametrize("labels", [[10**12] * 100, [2**70] * 100, [-1] * 100, [[1]] * 100])
+def test_labels_that_cannot_be_set_no_memory_aside(tmp_path: Path, labels: list[Any]) -> None:
+    write(tmp_path, train=pictures(1) | {"fine_labels": labels})
+    with pytest.raises(DatasetError, match="does not hold"):
+        CIFARFS(tmp_path).load("train")

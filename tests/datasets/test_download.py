@@ -71,3 +71,13 @@ def test_digest_is_hashlibs(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(CONTENT)
     assert digest(path, "sha256") == hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_a_download_without_end_is_dropped(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.download.MOST_BYTES", 1 << 20)
+    path = tmp_path / "new" / "data.zip"
+    with pytest.raises(DatasetError, match="sends more than 1 MiB"):
+        fetch(serve("data.zip", CONTENT), path, MD5)
+    assert list(path.parent.iterdir()) == []

@@ -358,3 +358,17 @@ def test_a_batch_says_the_class_of_each_sample(protocol: str) -> None:
 def test_reuse_counts_how_often_a_sample_is_drawn() -> None:
     episodes = disjoint(10, 20, ways=5, shots=1, test_shots=3)
     assert episodes.source.reuse(episodes.spec, 50) == pytest.approx(50 * 20 / 200)
+
+
+@given(shapes, st.lists(st.integers(0, 2**40), min_size=1, max_size=6), st.integers(1, 4))
+@settings(deadline=None)
+def test_shards_make_the_stream_in_any_order(
+    shape: dict[str, int], indices: list[int], shards: int
+) -> None:
+    stream = loader(**shape)
+    whole = stream.source.batch(stream.spec, indices)
+    for first in reversed(range(min(shards, len(indices)))):
+        mine = indices[first::shards]
+        part = loader(**shape).source.batch(stream.spec, mine)
+        for place, at in enumerate(range(first, len(indices), shards)):
+            assert equal(task(part, place), task(whole, at))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,16 +103,43 @@ def sixteen_bits(path: Path) -> None:
     Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(path)
 
 
+def header_alone(path: Path) -> None:
+    """A PNG that says that it has 2**31 - 1 pixels a side, and has none."""
+    size = struct.pack(">II", 2**31 - 1, 2**31 - 1) + b"\x08\x02\x00\x00\x00"
+    chunk = b"IHDR" + size
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0d" + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
+
+
+def thread(path: Path) -> None:
+    """Below the limit of pixels, but to shrink it would take 4 GB."""
+    Image.new("1", (80_000_000, 1)).save(path)
+
+
+def bad_metadata(path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(path, exif=b"Exif\x00\x00no metadata")
+
+
+def cut_short(path: Path) -> None:
+    Image.effect_noise((90, 90), 99).save(path)
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: path.write_bytes(b""), "cannot be read as a picture"),
+        (header_alone, "cannot be read as a picture"),
+        (thread, "80000000x1 is no size of a picture"),
+        (bad_metadata, "cannot be read as a picture"),
+        (cut_short, "cannot be read as a picture"),
         (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)), "cannot be read"),
         (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot be read"),
         (bomb, "cannot be read as a picture: Image size"),
         (sixteen_bits, "8 bits a channel"),
     ],
-    ids=["empty", "corrupt", "postscript", "bomb", "16-bit"],
+    ids=["empty", "header", "thread", "metadata", "cut", "corrupt", "postscript", "bomb", "16-bit"],
 )
 def test_a_picture_that_cannot_be_used_is_named(
     folder: Path, make: Callable[[Path], object], message: str
@@ -146,3 +176,17 @@ def test_an_episode_takes_the_same_shots_of_unequal_classes(folder: Path) -> Non
     assert batch["train"][0].shape == (1, 2, 3, 84, 84)
     with pytest.raises(DatasetError, match="a class with 2"):
         datasets.loader("image_folder", ways=2, shots=1, test_shots=2, root=folder.parent)
+
+
+def test_a_name_that_is_no_text_is_one_as_well(folder: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(folder / "train" / "red") + b"/\xff.png"))
+    (folder / "train" / "red" / "a.png").rename(path)
+    assert list(load(folder).counts) == [2, 3]
+    path.write_bytes(b"")
+    with pytest.raises(DatasetError, match="cannot be read as a picture"):
+        load(folder)
+
+
+def test_a_pipe_is_no_picture(folder: Path) -> None:
+    os.mkfifo(folder / "train" / "red" / "pipe.png")
+    assert list(load(folder).counts) == [2, 3]

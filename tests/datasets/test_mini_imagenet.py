@@ -126,6 +126,13 @@ def broken(folder: Path) -> Iterator[tuple[str, str]]:
     table = folder / "val.csv"
     table.write_text("name\nx\n")
     yield str(table), "filename,label"
+    table.write_bytes(b"filename,label\n\xff,n1\n")
+    yield str(table), "cannot be read as a table"
+    table.write_text("filename,label\n" + "x" * 200_000 + ",n1\n")
+    yield str(table), "cannot be read as a table"
+    twice = f"{VAL[0]}{1:08}.jpg,{VAL[0]}\n"
+    table.write_text(f"filename,label\n{twice}{twice}")
+    yield str(table), "or the table twice"
     table.write_text("filename,label\n../../etc/passwd,n1\n")
     yield str(table), "'../../etc/passwd'"
     table.write_text(f"filename,label\n{VAL[0]}{1:08}.jpg,{VAL[0]}\n")
@@ -153,6 +160,9 @@ def test_what_is_missing_or_broken_is_named(folder: Path) -> None:
         ({"image_data": np.zeros((4, 64, 64, 3), dtype=np.uint8)}, "must be uint8"),
         ({"image_data": np.zeros((4, 84, 84, 3), dtype=np.float32)}, "must be uint8"),
         ({"image_data": "no"}, "must be uint8"),
+        ({"class_dict": {VAL[0]: [0, 2**70]}}, "has rows of n01855672"),
+        ({"class_dict": {VAL[0]: [[0]]}}, "has rows of n01855672"),
+        ({"class_dict": dict.fromkeys(VAL, np.zeros(9**6, int))}, "more rows than image_data"),
         ({"class_dict": [1]}, "must hold image_data and class_dict"),
         ({"class_dict": {VAL[0]: [0, 99]}}, "has rows of n01855672 that image_data has not"),
         ({"class_dict": {VAL[0]: ["a"]}}, "has rows of n01855672"),

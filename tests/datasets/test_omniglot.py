@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import datasets
-from datasets import ClassSource, DatasetError
+from datasets import ClassSource, DatasetError, omniglot
 from datasets.download import digest
 from datasets.omniglot import (
     MD5,
@@ -278,3 +278,75 @@ def test_a_repacked_copy_of_the_real_archives_is_not_asked_for_its_checksum(
         archive.writestr(f"{BACKGROUND}/note.txt", "packed again")
     assert digest(folder / f"{BACKGROUND}.zip", "md5") != MD5[BACKGROUND]
     assert len(drawings(folder / f"{BACKGROUND}.zip")) == 964
+
+
+# Archives that are not meant well
+
+
+def packed(root: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    path = root / "omniglot" / f"{BACKGROUND}.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+DRAWING = f"{BACKGROUND}/Aurek/character01/0001_01.png"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{BACKGROUND}/../character01/0001_01.png",
+        f"../{DRAWING}",
+        f"/{DRAWING}",
+        f"{BACKGROUND}/..\\..\\Aurek/character01/0001_01.png",
+        f"{BACKGROUND}/Au\nrek/character01/0001_01.png",
+    ],
+)
+def test_names_that_leave_the_folder_are_refused(omniglot_root: Path, name: str) -> None:
+    packed(omniglot_root, {name: b"x"})
+    with pytest.raises(DatasetError, match="its drawings must be"):
+        OmniglotLake(omniglot_root).load("train")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_compression_that_unpacks_more_than_is_asked_for_is_refused(
+    omniglot_root: Path, compression: int
+) -> None:
+    packed(omniglot_root, {DRAWING: bytes(1 << 19)}, compression)
+    with pytest.raises(DatasetError, match="is neither stored nor deflated"):
+        OmniglotLake(omniglot_root).load("train")
+
+
+def test_bombs_are_refused_before_they_are_unpacked(
+    omniglot_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed(omniglot_root, {DRAWING: bytes(1 << 21)})
+    with pytest.raises(DatasetError, match="too large to be a drawing"):
+        OmniglotLake(omniglot_root).load("train")
+    names = [DRAWING.replace("_01", f"_{number:02}") for number in range(1, 9)]
+    packed(omniglot_root, dict.fromkeys(names, bytes(1 << 19)))
+    monkeypatch.setattr(omniglot, "MOST_BYTES_IN_ALL", 1 << 21)
+    with pytest.raises(DatasetError, match="unpacks to more than 2 MiB"):
+        OmniglotLake(omniglot_root).load("train")
+    monkeypatch.setattr(omniglot, "MOST_MEMBERS", 7)
+    with pytest.raises(DatasetError, match="more than 7 members"):
+        OmniglotLake(omniglot_root).load("train")
+
+
+def test_a_member_that_says_less_than_it_unpacks_to_is_cut_there(omniglot_root: Path) -> None:
+    path = packed(omniglot_root, {DRAWING: bytes(1 << 20)})
+    content = path.read_bytes()
+    assert content.count((1 << 20).to_bytes(4, "little")) == 2
+    path.write_bytes(content.replace((1 << 20).to_bytes(4, "little"), (99).to_bytes(4, "little")))
+    with pytest.raises(DatasetError, match="is corrupt"):
+        OmniglotLake(omniglot_root).load("train")
+
+
+def test_a_drawing_of_absurd_size_is_refused_before_it_is_decoded(omniglot_root: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(picture, "png")
+    packed(omniglot_root, {DRAWING: picture.getvalue()})
+    with pytest.raises(DatasetError, match="it is 9000x9000, not 105x105"):
+        OmniglotLake(omniglot_root).load("train")

@@ -213,3 +213,80 @@ def test_damage_anywhere_is_read_or_refused_but_never_anything_else() -> None:
         except DatasetError:
             refused += 1
     assert refused > len(content) / 2
+
+
+# Pickles that would fill the memory or never end
+
+
+def doubled(times: int) -> bytes:
+    """A tuple of itself twice, and so on: small in memory, and without end to whoever walks it."""
+    return b"(t" + b"2\x86" * times
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02Nr\xff\xff\xff\xff.", None),  # a memo of 2**32 entries: 64 GB in C
+        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x00x.", "ends too early"),  # 2**56 bytes
+        (b"\x80\x05\x96" + b"\x00" * 5 + b"\xff\x00\x00x.", "ends too early"),
+        (b"\x80\x04\x95" + b"\xff" * 7 + b"\x00N.", "ends too early"),  # a frame of as many
+        (b"\x80\x02U\xffab.", "ends too early"),
+        (b"\x80\x02\x8b\xff\xff\xff\x7f.", "ends too early"),
+        (b"\x80\x02}" + doubled(60) + b"Ns.", "has a tuple for a key"),
+        (b"\x80\x02(" + doubled(60) + b"Nd.", "has a tuple for a key"),
+        (b"\x80\x02}(" + doubled(60) + b"Nu.", "has a tuple for a key"),
+        (b"\x80\x04\x8f(" + doubled(60) + b"\x90.", "has a tuple for a key"),
+        (b"\x80\x04(" + doubled(60) + b"\x91.", "has a tuple for a key"),
+        (b"\x80\x02}\x8a\x09" + b"\x01" * 9 + b"Ns.", "more than 60 bits"),
+        (b"\x80\x02cnumpy\ndtype\n" + doubled(60) + b"\x85R.", "only numbers are read"),
+        (b"\x80\x02" + b"N0" * 2_000_000 + b"N.", "more than 2,000,000 instructions"),
+    ],
+)
+def test_a_pickle_cannot_ask_for_memory_or_time_that_it_does_not_take_itself(
+    content: bytes, message: str | None
+) -> None:
+    if message is None:
+        assert read(content) is None
+        return
+    with pytest.raises(DatasetError, match=message):
+        read(content)
+
+
+def test_a_message_does_not_show_all_of_an_endless_name() -> None:
+    with pytest.raises(DatasetError, match="nothing of it was run") as caught:
+        read(b"\x80\x02cos\n" + b"x" * 100_000 + b"\n.")
+    assert len(str(caught.value)) < 300
+
+
+def test_an_array_of_a_shape_that_its_bytes_do_not_fill_is_refused() -> None:
+    array = pickle.dumps(np.arange(4, dtype=np.uint8), 2)
+    assert array.count(b"K\x01K\x04\x85") == 1
+    for shape in (b"\x8a\x05\xff\xff\xff\xff\x7f\x85", b"K\xffK\xff\x86", b"K\x05\x85"):
+        with pytest.raises(DatasetError, match="not a whole pickle"):
+            read(array.replace(b"K\x01K\x04\x85", b"K\x01" + shape))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02(I1\nidatetime\ndate\n.",  # INST
+        b"\x80\x02(cnumpy\nndarray\no.",  # OBJ
+        b"\x80\x02cnumpy\nndarray\n)\x81.",  # NEWOBJ
+        b"\x80\x04cnumpy\nndarray\n)}\x92.",  # NEWOBJ_EX
+        b"Pname\n.",  # PERSID
+        b"\x80\x02NQ.",  # BINPERSID
+        b"\x80\x02\x82\x01.",  # EXT1
+        b"\x80\x05\x97.",  # NEXT_BUFFER
+    ],
+)
+def test_instructions_that_make_objects_are_refused(content: bytes) -> None:
+    with pytest.raises(DatasetError, match="that no array needs"):
+        read(content)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x80\x02cnumpy\nndarray\nNa.", b"\x80\x02]NNs.", b"\x80\x02](NNu."]
+)
+def test_only_containers_are_added_to(content: bytes) -> None:
+    with pytest.raises(DatasetError, match="adds to a"):
+        read(content)
