@@ -9,13 +9,14 @@ ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench gpu-check cluster-test clean
+.PHONY: help venv demo test check bench chaos gpu-check cluster-test clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
 	@echo "make test   the checks and the tests"
 	@echo "make check  ruff and mypy alone"
 	@echo "make bench  the speed benchmarks"
+	@echo "make chaos  all faults of processes and disks, counted in docs/reliability.md"
 	@echo "make venv   the environment alone, in .venv"
 	@echo "make cluster-test  Ray and Slurm's stand-ins, whose packages it installs; several minutes"
 
@@ -42,6 +43,9 @@ bench: venv
 	$(BIN)/python -m pytest tests/performance/bench_costs.py --benchmark-only \
 		--benchmark-storage=file://$(abspath $(BENCH_STORAGE)) --benchmark-autosave \
 		--benchmark-compare --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+
+chaos: venv
+	$(BIN)/python -m pytest tests/chaos --whole --timeout 3600 --counts-to docs/reliability.md
 
 gpu-check: venv
 	$(BIN)/python -m pytest -m gpu -rs

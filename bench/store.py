@@ -168,6 +168,7 @@ class Run:
             for path in workplace.iterdir():
                 if path.name not in (RECORD, *FILES):
                     path.unlink()
+            sync(workplace)
             if final.exists():  # damaged, or the cell would have been skipped
                 shutil.rmtree(final)
             workplace.rename(final)
@@ -354,7 +355,7 @@ def _opened(folder: Path, name: str) -> dict[str, Any]:
     try:
         contents: dict[str, Any] = json.loads((folder / name).read_bytes())
         seal = contents.pop("sha256", None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DamagedError(f"{name} is not JSON") from error
     if seal != (_seal(contents) if "files" in contents else None):
         raise DamagedError(f"{name} does not have its checksum")

@@ -1,12 +1,14 @@
 """A run's folder: whole cells or none."""
 
+import errno
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from bench.errors import BenchError
+from bench.errors import BenchError, StorageError
+from bench.files import write_text
 from bench.store import SUMMARY_COLUMNS, Run, source_hash
 from bench.sweep import Cell, Sweep
 
@@ -78,6 +80,51 @@ def test_a_failure_is_noted_and_forgotten_once_the_cell_is_complete(run: Run, ce
     assert run.left_out() == ["maml tiny 5-way 1-shot seed 0 (diverged at iteration 7)"]
     finish(run, cell)
     assert run.summary()["status"].tolist() == ["complete"]
+
+
+def test_a_cell_that_a_crash_kept_from_its_name_gets_it(
+    run: Run, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.fail(cell, "diverged")
+    with monkeypatch.context() as crash:
+        crash.setattr(Run, "_publish", lambda run, cell: None)
+        finish(run, cell)
+    assert run.records() == []
+    run.recover("other source")
+    assert run.records() == []
+    run.recover("source")
+    assert run.summary()["status"].tolist() == ["complete"]
+    assert run.failures() == {}
+    assert [path.name for path in run.cells.iterdir()] == [cell.id]
+
+
+def test_a_cell_of_before_there_were_checksums_counts_as_sound(run: Run, cell: Cell) -> None:
+    finish(run, cell)
+    path = run.cells / cell.id / "cell.json"
+    written = json.loads(path.read_text())
+    old = {name: written[name] for name in ("settings", "source", "figures")}
+    path.write_text(json.dumps(old))
+    assert run.record(cell.id, thorough=True) is not None
+    # With one of the two, it is no such cell.
+    for name in ("files", "sha256"):
+        path.write_text(json.dumps(old | {name: written[name]}))
+        assert run.record(cell.id) is None
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_text(path, "before")
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError, match=f"cannot write {path}: No space left on device; once"):
+        write_text(path, "after")
+    assert [path] == list(tmp_path.iterdir())
+    assert path.read_text() == "before"
 
 
 def test_one_run_at_a_time_uses_a_folder(run: Run) -> None:
