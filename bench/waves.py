@@ -83,6 +83,7 @@ def draw(cells: Mapping[str, list[Cell]], folder: Path) -> list[Path]:
         name: (run, [record for cell in mine if (record := run.record(cell.id))])
         for (name, run), mine in zip(runs.items(), cells.values(), strict=True)
     }
+    records = {name: (run, found) for name, (run, found) in records.items() if found}
     on_x = {n: (run, found[0]) for n, (run, found) in records.items() if n != "oracle"}
     drawn = {"errors": errors(records), "fits": fits(on_x)}
     return [path for name, each in drawn.items() for path in save(each, folder / "figures" / name)]
@@ -125,6 +126,9 @@ def errors(records: Mapping[str, tuple[Run, list[Record]]]) -> Figure:
         mean, low, high = error_by_step([run.scores_by_step(record.cell) for record in found])
         steps = np.arange(len(mean))
         style = {"color": PALETTE[index], "marker": MARKERS[index], "linestyle": LINES[index]}
+        if len(mean) == 1:  # it does not adapt
+            axis.axhline(mean[0], label=name, color=PALETTE[index], linestyle=LINES[index])
+            continue
         axis.plot(steps, mean, label=name, **style)
         axis.fill_between(steps, low, high, color=PALETTE[index], alpha=0.15, linewidth=0)
     axis.set_ylim(bottom=0)
