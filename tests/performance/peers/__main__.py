@@ -1,6 +1,6 @@
 """``make bench-peers``: times this project's engines against other libraries doing the same work.
 
-    python -m tests.performance.peers --out FILE [--settings omniglot,sinusoid,growth] [--seconds 25]
+python -m tests.performance.peers --out FILE [--settings omniglot,growth] [--seconds 25]
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
     here = subjects_here(asked.peers)
     parts = asked.settings.split(",")
     names = asked.subjects.split(",") if asked.subjects else here
-    for what, given, known in (("setting", parts, PARTS), ("subject", names, here)):
-        for name in given:
-            if name not in known:
-                print(f"no {what} is called {name!r}; there are {', '.join(known)}", file=sys.stderr)
-                return 2
+    wrong = [
+        f"no {what} is called {name!r}; there are {', '.join(known)}"
+        for what, given, known in (("setting", parts, PARTS), ("subject", names, here))
+        for name in given
+        if name not in known
+    ]
     if asked.threads < 1:
-        print(f"threads is {asked.threads}; it must be at least 1", file=sys.stderr)
-        return 2
+        wrong.append(f"threads is {asked.threads}; it must be at least 1")
     if not asked.out.parent.is_dir():
-        print(f"{asked.out.parent} is not a folder", file=sys.stderr)
+        wrong.append(f"{asked.out.parent} is not a folder")
+    if wrong:
+        print(wrong[0], file=sys.stderr)
         return 2
     comparison = Comparison(
         names, asked.peers, asked.threads, asked.seconds, lambda line: print(line, flush=True)

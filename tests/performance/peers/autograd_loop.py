@@ -29,9 +29,7 @@ def prepare(work: Work) -> Callable[[], dict[str, Tensor]]:
     return meta_step(work, lambda _: descend)
 
 
-def meta_step(
-    work: Work, start: Callable[[Parameters], Update]
-) -> Callable[[], dict[str, Tensor]]:
+def meta_step(work: Work, start: Callable[[Parameters], Update]) -> Callable[[], dict[str, Tensor]]:
     """The meta-step of some work, whose inner updates ``start`` gives for each task anew."""
     setting = work.setting
     theta = {n: torch.from_numpy(w).clone().requires_grad_() for n, w in work.weights.items()}

@@ -1,9 +1,9 @@
-"""The benchmark of the engines against their peers: who agrees with the reference, then who is fast.
+"""The engines against their peers: who agrees with the reference, and then who is fast.
 
 Each subject is a process of its own (:mod:`serve`). Before any clock runs, what each computes is
-held against ``higher``'s in float64; one that disagrees is reported and not timed. The others take
-turns (A B C, A B C, ...), so that the drift of a shared machine hits all alike and their repeats can
-be paired, and in each turn this machine's rate of matrix products is measured too.
+held against the result of ``higher`` in float64; one that disagrees is reported and not timed. The
+others take turns (A B C, A B C, ...), so that the drift of a shared machine hits all alike and
+their repeats can be paired. In each turn this machine's rate of matrix products is measured too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Subject:
 
     def __init__(self, name: str, python: Path, threads: int) -> None:
         self.name = name
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - until close()
         self.process = subprocess.Popen(
             [str(python), "-m", "tests.performance.peers.serve", name, str(threads)],
             stdin=subprocess.PIPE,
@@ -192,7 +192,7 @@ class Comparison:
                     if not row["error_float32"] < TOLERANCE["float32"]:
                         off = row["error_float32"]
                         raise SubjectError(f"wrong: its relative error in float32 is {off:.1e}")
-                    row["peak_bytes"] = subject.ask("peak", key)
+                    row |= subject.ask("memory", key) or {}
                 except SubjectError as error:
                     self.say(f"{key}: {subject.name} is not timed: {error}")
                     row["why"] = str(error)

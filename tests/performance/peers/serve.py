@@ -60,7 +60,7 @@ class Server:
         """Make ready for some work (JAX compiles here); the seconds it took."""
         began = time.perf_counter()
         self.steps[key] = self.prepare(work)
-        self.level = resident()
+        self.level = settled()
         return time.perf_counter() - began
 
     def answer(self, key: str) -> Arrays:
@@ -74,19 +74,26 @@ class Server:
         self.steps[key]()
         return time.perf_counter() - began
 
-    def peak(self, key: str) -> int | None:
-        """Do the work; how far the resident set rose above its level after :meth:`load`, in bytes.
-
-        Linux alone can tell: elsewhere None."""
-        gc.collect()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work left to be used again
+    def memory(self, key: str) -> dict[str, int] | None:
+        """Do the work; in bytes, how far the resident set rose meanwhile (``peak_bytes``), and how
+        far it was before above its level after :meth:`load`: what earlier times left
+        (``held_bytes``). Linux alone can tell: elsewhere None."""
+        before = settled()
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the peak is the present level
         except OSError:
             return None
         self.steps[key]()
-        return max(resident("VmHWM:") - self.level, 0)
+        peak = resident("VmHWM:") - before
+        return {"peak_bytes": max(peak, 0), "held_bytes": max(before - self.level, 0)}
+
+
+def settled() -> int:
+    """The resident set, in bytes, once what was freed is given back to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident()
 
 
 def detached(value: Any) -> Any:

@@ -23,9 +23,7 @@ def prepare(work: Work) -> Callable[[], dict[str, Array]]:
     """The meta-step of some work, compiled."""
     setting = work.setting
     theta = {name: jnp.asarray(value) for name, value in work.weights.items()}
-    batch = tuple(
-        jnp.asarray(a if a.dtype.kind == "f" else a.astype("int32")) for a in work.batch
-    )
+    batch = tuple(jnp.asarray(a if a.dtype.kind == "f" else a.astype("int32")) for a in work.batch)
     first_order = setting.kind != "maml"
 
     def step(fast: Parameters, inputs: Array, targets: Array) -> Parameters:

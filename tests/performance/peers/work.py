@@ -59,9 +59,7 @@ SETTINGS = {
     "mini-imagenet": Setting(
         model="conv4_pool", shape=(3, 84, 84), queries=15, steps=5, tasks=4, lr=0.01
     ),
-    "sinusoid": Setting(
-        model="mlp", shape=(1,), ways=1, shots=10, queries=10, tasks=25, lr=0.01
-    ),
+    "sinusoid": Setting(model="mlp", shape=(1,), ways=1, shots=10, queries=10, tasks=25, lr=0.01),
     "evaluation": Setting(kind="evaluation", queries=15, steps=10, tasks=60),
 }
 
