@@ -1,8 +1,9 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and texts whose tables are written anew."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,3 +23,10 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def filled(text: str, name: str, block: str) -> str:
+    """A text with a block between the markers of that name; as it was where it has none."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return between.sub(lambda found: begin + block + end, text)

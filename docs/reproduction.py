@@ -5,20 +5,13 @@ Run it after ``python -m bench reproduce RECIPE --keep results/reference``.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from bench import reproduction
+from bench.files import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "reproduction.md")
-
-
-def filled(text: str, name: str, table: str) -> str:
-    """A text with a table between the markers of that name; as it was where it has none."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    return between.sub(lambda found: begin + table + end, text)
 
 
 def updated(text: str) -> str:
