@@ -97,8 +97,8 @@ def settled() -> int:
 
 
 def detached(value: Any) -> Any:
-    """An array or tensor as numpy takes it."""
-    return value.detach() if hasattr(value, "detach") else value
+    """A tensor or another array as numpy takes it."""
+    return value.detach().numpy() if hasattr(value, "detach") else value
 
 
 def resident(which: str = "VmRSS:") -> int:

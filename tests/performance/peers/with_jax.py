@@ -26,26 +26,28 @@ def prepare(work: Work) -> Callable[[], dict[str, Array]]:
     batch = tuple(jnp.asarray(a if a.dtype.kind == "f" else a.astype("int32")) for a in work.batch)
     first_order = setting.kind != "maml"
 
-    def step(fast: Parameters, inputs: Array, targets: Array) -> Parameters:
-        adapted = {name: fast[name] for name in work.adapted}
-        found = jax.grad(lambda p: loss_of(outputs(fast | p, inputs), targets))(adapted)
-        if first_order:
-            found = jax.lax.stop_gradient(found)
-        return fast | {name: value - setting.lr * found[name] for name, value in adapted.items()}
-
-    def query_losses(theta: Parameters, *task: Array) -> list[Array]:
-        """After every step for an evaluation, else after the last."""
+    def query_losses(theta: Parameters, *task: Array) -> Array:
+        """After each step for an evaluation, else after the last."""
         x_support, y_support, x_query, y_query = task
-        fast, losses = theta, []
-        for done in range(setting.steps + 1):
-            if done:
-                fast = step(fast, x_support, y_support)
-            if setting.kind == "evaluation" or done == setting.steps:
-                losses.append(loss_of(outputs(fast, x_query), y_query))
-        return losses
+        adapted = {name: theta[name] for name in work.adapted}
+
+        def query_loss(fast: Parameters) -> Array:
+            return loss_of(outputs(theta | fast, x_query), y_query)
+
+        def step(fast: Parameters, _: None) -> tuple[Parameters, Array | None]:
+            loss = query_loss(fast) if setting.kind == "evaluation" else None
+            found = jax.grad(lambda p: loss_of(outputs(theta | p, x_support), y_support))(fast)
+            if first_order:
+                found = jax.lax.stop_gradient(found)
+            return {name: value - setting.lr * found[name] for name, value in fast.items()}, loss
+
+        # A scan and not a Python loop: XLA takes minutes to compile ten steps one after another.
+        fast, losses = jax.lax.scan(step, adapted, length=setting.steps)
+        last = query_loss(fast)[None]
+        return last if losses is None else jnp.concatenate([losses, last])
 
     def of_tasks(theta: Parameters, *tasks: Array) -> Array:
-        return jnp.stack(jax.vmap(query_losses, (None, 0, 0, 0, 0))(theta, *tasks), axis=1)
+        return jax.vmap(query_losses, (None, 0, 0, 0, 0))(theta, *tasks)
 
     if setting.kind == "evaluation":
         program = jax.jit(lambda *a: {"loss": of_tasks(*a)})
