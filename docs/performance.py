@@ -173,7 +173,7 @@ def grown(measured: Row) -> dict[tuple[str, str], dict[int, float]]:
 
 
 def growth(measured: Row) -> str:
-    """The slopes, and the times at the ends."""
+    """The figure, the slopes, and the times at the ends."""
     lines = []
     for (axis, engine), times in grown(measured).items():
         (first, least), *_, (last, most) = times.items()
@@ -182,7 +182,9 @@ def growth(measured: Row) -> str:
         sizes = f"{first} to {last}"
         ends = f"{milliseconds(least)} to {milliseconds(most)}"
         lines.append([axis, engine, sizes, ends, str(exponent), verdict])
-    return table(["", "engine", "from", "ms", "slope [95%]", "worse than linear"], lines)
+    head = ["", "engine", "from", "ms", "slope [95%]", "worse than linear"]
+    words = "Time of a meta-step over tasks, inner steps, shots and ways"
+    return f"![{words}]({FIGURE.name})\n\n{table(head, lines)}" if lines else ""
 
 
 def drawn(measured: Row) -> Figure:
@@ -241,10 +243,10 @@ BLOCKS = {
 }
 
 
-def updated(text: str, measured: Row) -> str:
-    """The page with its tables as the measurements have them."""
+def updated(text: str, measured: Row | None) -> str:
+    """The page with its tables as the measurements have them, empty where there are none."""
     for name, block in BLOCKS.items():
-        text = filled(text, name, block(measured))
+        text = filled(text, name, block(measured) if measured else "")
     return text
 
 

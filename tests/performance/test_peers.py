@@ -113,12 +113,29 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
 
 
 def test_the_tables_of_the_page_are_what_was_measured() -> None:
-    measured = json.loads(PAGE["MEASURED"].read_text(encoding="utf-8"))
+    kept = PAGE["MEASURED"]
+    measured = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else None
     assert PAGE["updated"](TEXT, measured) == TEXT
     for name in PAGE["BLOCKS"]:
-        assert f"<!-- {name} -->" in TEXT
-    assert measured["settings"].keys() == SETTINGS.keys()
-    assert PAGE["FIGURE"].exists()
+        assert TEXT.count(f"<!-- {name} -->\n") == TEXT.count(f"<!-- /{name} -->\n") == 1
+    assert ("](performance-scaling.png)" in TEXT) == PAGE["FIGURE"].exists()
+
+
+def test_the_figure_has_a_panel_for_each_axis_and_the_slopes_it_shows() -> None:
+    rows = [
+        {"axis": axis, "value": value, "engine": engine, "seconds": [value**exponent] * 3}
+        for axis, exponent in (("tasks", 0.5), ("steps", 1.0))
+        for value in (1, 2, 4, 8)
+        for engine in ("batched", "higher")
+    ]
+    measured = {"growth": rows}
+    figure = PAGE["drawn"](measured)
+    shown = [[text.get_text() for text in p.get_legend().get_texts()] for p in figure.axes]
+    assert shown[0] == ["batched: slope 0.50", "higher: slope 0.50"]
+    assert shown[1] == ["batched: slope 1.00", "higher: slope 1.00"]
+    assert "| tasks | batched | 1 to 8 | 1000 to 2828 | 0.50 [0.50, 0.50] | no |" in PAGE["growth"](
+        measured
+    )
 
 
 def test_a_slope_is_the_exponent_of_a_power_law() -> None:

@@ -89,10 +89,12 @@ class Subject:
         return self.hear()
 
     def close(self) -> None:
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
+        """End the process, which has nothing to lose."""
+        self.process.kill()
         self.process.wait()
-        self.errors.close()
+        for end in (self.process.stdin, self.process.stdout, self.errors):
+            with suppress(BrokenPipeError):
+                end.close()
 
     def _last_words(self) -> str:
         self.errors.seek(0)
