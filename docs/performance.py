@@ -182,7 +182,7 @@ def growth(measured: Row) -> str:
         sizes = f"{first} to {last}"
         ends = f"{milliseconds(least)} to {milliseconds(most)}"
         lines.append([axis, engine, sizes, ends, str(exponent), verdict])
-    head = ["", "engine", "from", "ms", "slope [95%]", "worse than linear"]
+    head = ["", "engine", "from", "ms", "slope [95%]", "shown worse than linear"]
     words = "Time of a meta-step over tasks, inner steps, shots and ways"
     return f"![{words}]({FIGURE.name})\n\n{table(head, lines)}" if lines else ""
 
