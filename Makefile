@@ -6,18 +6,21 @@ BIN := .venv/bin
 BENCH_STORAGE ?= .benchmarks
 # For make fuzz, each reader.
 SECONDS ?= 60
+# The Python of the peers' environment.
+PEERS_PYTHON ?= python3.11
 DATA := $(wildcard ../shared/data)
 ifneq ($(DATA),)
 export BENCH_DATA ?= $(abspath $(DATA))
 endif
 
-.PHONY: help venv demo test check bench soak many-cells chaos fuzz properties gpu-check cluster-test clean
+.PHONY: help venv demo test check bench peers bench-peers soak many-cells chaos fuzz properties \
+	gpu-check cluster-test clean
 
 help:
 	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
 	@echo "make test   the checks and the tests"
 	@echo "make check  ruff and mypy alone"
-	@echo "make bench  the speed benchmarks"
+	@echo "make bench  the speed benchmarks; after make peers, other libraries beside the engines too"
 	@echo "make soak   20,000 meta-iterations, and what grows meanwhile"
 	@echo "make many-cells   how long a run of 5,000 cells takes to read"
 	@echo "make chaos  all faults of processes and disks, counted in docs/reliability.md"
@@ -49,6 +52,18 @@ bench: venv
 	$(BIN)/python -m pytest tests/performance/bench_costs.py --benchmark-only \
 		--benchmark-storage=file://$(abspath $(BENCH_STORAGE)) --benchmark-autosave \
 		--benchmark-compare --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+	if [ -e .venv-peers/ready ]; then $(MAKE) bench-peers; fi
+
+peers: .venv-peers/ready
+
+.venv-peers/ready: tests/performance/peers/constraints.txt tests/performance/peers/install.sh
+	tests/performance/peers/install.sh .venv-peers $(PEERS_PYTHON)
+	touch $@
+
+# On a quiet machine: PEERS_OPTIONS="--settings omniglot --seconds 10" for less of it.
+bench-peers: venv
+	mkdir -p $(BENCH_STORAGE)
+	$(BIN)/python -m tests.performance.peers --out $(BENCH_STORAGE)/peers.json $(PEERS_OPTIONS)
 
 soak: venv
 	nice -n 5 $(BIN)/python -m tests.performance.soak --engine batched --iterations 20000
@@ -79,4 +94,4 @@ cluster-test: venv
 	$(BIN)/python -m pytest -rs tests/clusters/ray_cluster.py tests/clusters/slurm_cluster.py
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-peers build *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,3 +97,10 @@ def sync(path: Path) -> None:
             raise  # some file systems flush no folders
     finally:
         os.close(opened)
+
+
+def filled(text: str, name: str, block: str) -> str:
+    """A text with a block between the markers of that name; as it was where it has none."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return between.sub(lambda found: begin + block + end, text)

@@ -7,24 +7,17 @@ Run it after ``python -m bench reproduce RECIPE --keep results/reference`` or
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from bench import reproduction
+from bench.files import filled
 from bench.progress import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARISON = ROOT / "results" / "comparison"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "reproduction.md")
-
-
-def filled(text: str, name: str, table: str) -> str:
-    """A text with a table between the markers of that name; as it was where it has none."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    return between.sub(lambda found: begin + table + end, text)
 
 
 def updated(text: str) -> str:
