@@ -272,7 +272,7 @@ class Algorithm(ABC):
         totals = [torch.zeros_like(parameter) for parameter in parameters]
         parts: list[Scores] = []
         self.inner_loop.train(True)
-        with torch.enable_grad(), products_in(self.precision, parameters[0].device):
+        with torch.enable_grad(), products_in(self.precision, tasks.query_inputs.device):
             for part in tasks.split(self.inner_loop.tasks_per_pass):
                 outputs, gradients = self.meta_gradient(part)
                 parts.append(_scores(outputs.detach(), part))

@@ -7,6 +7,7 @@ their repeats can be paired.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import resource
 import secrets
@@ -61,6 +62,12 @@ class Meter:
 
     def __init__(self) -> None:
         self.base = _status("RssAnon") or psutil.Process().memory_info().rss
+
+    def give_back(self) -> None:
+        """Return freed memory to the system, which a process may keep for its next step and which
+        would hide that step's peak. To get it again takes time, which is not to be counted."""
+        with suppress(AttributeError):  # glibc's alone
+            ctypes.CDLL(None).malloc_trim(0)
 
     def start(self) -> None:
         """Wait until the device is idle, forget earlier peaks and start the clocks."""
@@ -208,6 +215,17 @@ class Subject:
             calibrate(self.cell.device)
         return {"phase": phase, "repeat": repeat, **self.meter.stop()}
 
+    def peaks(self) -> dict[str, Any]:
+        """Peak bytes of each phase, of a repeat of its own on a CPU; empty on an accelerator, whose
+        allocator tells the peak of any repeat."""
+        if self.cell.device != "cpu":
+            return {}
+        found = {}
+        for phase in PHASES:
+            self.meter.give_back()
+            found[phase] = {"peak_bytes": self.once(phase, 0)["peak_bytes"]}
+        return found
+
     def growth(self) -> list[dict[str, Any]]:
         """Peak memory of a meta-step by its inner steps, on few tasks, so that it fits where the
         cell itself does. Asked first: what a process once held can hide a smaller peak. Empty for
@@ -219,6 +237,7 @@ class Subject:
         rows = []
         for steps in GROWTH_STEPS:
             self.algorithm.inner_steps = steps
+            self.meter.give_back()
             self.meter.start()
             self.algorithm.meta_backward(few[0])
             row = {"phase": GROWTH, "repeat": 0, "inner_steps": steps}
@@ -242,10 +261,10 @@ def measure(
     Returns:
         For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes,
         ``calibration``) and repeat: ``phase``, ``repeat``, ``seconds``, ``wall_seconds``,
-        ``process_seconds``, ``peak_bytes``, ``flops``, on accelerators ``reserved_bytes`` and
-        ``joules``, and ``session``, which is the same for cells that took turns. Before them one
-        row for each of :data:`GROWTH_STEPS` ``inner_steps`` (``phase`` ``growth``): the peak of a
-        meta-step with so many.
+        ``process_seconds``, ``peak_bytes`` (:meth:`Subject.peaks`), ``flops``, on accelerators
+        ``reserved_bytes`` and ``joules``, and ``session``, which is the same for cells that took
+        turns. Before them one row for each of :data:`GROWTH_STEPS` ``inner_steps`` (``phase``
+        ``growth``): the peak of a meta-step with so many.
 
     Raises:
         MeasuringError: a process that failed; it says which cell's.
@@ -253,14 +272,16 @@ def measure(
     rows: list[list[dict[str, Any]]] = [[] for _ in cells]
     with ExitStack() as stack:
         subjects = [stack.enter_context(_subject(cell, root, plugin)) for cell in cells]
+        peaks = []
         for subject, found in zip(subjects, rows, strict=True):
             found += _ask(subject, "growth")
+            peaks.append(_ask(subject, "peaks"))
         for repeat in range(-WARM_UP, REPEATS):
-            for subject, found in zip(subjects, rows, strict=True):
+            for subject, found, peak in zip(subjects, rows, peaks, strict=True):
                 for phase in PHASES:
                     row = _ask(subject, "once", phase, repeat + WARM_UP)
                     if repeat >= 0:
-                        found.append(row | {"repeat": repeat})
+                        found.append(row | {"repeat": repeat} | peak.get(phase, {}))
         for subject, found in zip(subjects, rows, strict=True):
             flops = {phase: _ask(subject, "flops", phase) for phase in PHASES}
             found[:] = [row | {"flops": flops.get(row["phase"])} for row in found]

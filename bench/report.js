@@ -314,7 +314,9 @@ function draw(name) {
   const said = chart.rows.length ? "the numbers are in the table below it" : "nothing to show";
   drawing.setAttribute("aria-label", `${drawing.dataset.title}, ${task.name}: ${said}`);
   drawing.style.height = `${layout.height}px`; // Plotly fills what it is given, also when resized
-  Plotly.react(drawing, chart.traces, layout, { displayModeBar: false, responsive: true });
+  // A name with dollar signs is no formula.
+  const config = { displayModeBar: false, responsive: true, typesetMath: false };
+  Plotly.react(drawing, chart.traces, layout, config);
   numbers($(`numbers-${name}`), chart, `${drawing.dataset.title}, ${task.name}`);
 }
 

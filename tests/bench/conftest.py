@@ -49,6 +49,7 @@ class _Here:
     def __init__(self, cell: Cell, root: Path | None) -> None:
         source = datasets.get(cell.dataset)(root=root).load("train").to(cell.device)
         self.subject = measure.Subject(cell, source)
+        self.cell, self.connection = cell, self
 
     def send(self, question: tuple[Any, ...]) -> None:
         name, *arguments = question

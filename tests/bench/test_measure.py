@@ -152,11 +152,12 @@ def test_pages_of_files_that_come_and_go_are_not_counted(tmp_path: Path) -> None
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     read = sum(pages[:: mmap.PAGESIZE])  # there when the meter is made
     meter = measure.Meter()
+    meter.give_back()
     pages.madvise(mmap.MADV_DONTNEED)  # and dropped
     meter.start()
     held = torch.ones(size // 8)
     peak = meter.stop()["peak_bytes"]
-    assert size / 2 - 2**20 < peak < size / 2 + 32 * 2**20
+    assert size / 2 - 8 * 2**20 < peak < size / 2 + 32 * 2**20
     meter.start()
     read += sum(pages[:: mmap.PAGESIZE])  # and read back
     assert meter.stop()["peak_bytes"] < size / 2 + 32 * 2**20

@@ -66,7 +66,9 @@ def test_rows_that_differ_in_a_swept_setting_are_drawn_each_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(plots, "accuracy", lambda summary: drawn.append(summary) or plots.Figure())
+    monkeypatch.setattr(
+        plots, "accuracy", lambda summary, _: drawn.append(summary) or plots.Figure()
+    )
     swept = pd.concat([ROWS.assign(inner_lr=0.1), ROWS.assign(inner_lr=0.2, mean=0.5)])
     plots.draw_all(swept, tmp_path, ["inner_lr"])
     means = plots.intervals(drawn[0])[0].groupby("algorithm")["mean"].first()

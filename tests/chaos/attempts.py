@@ -24,7 +24,7 @@ import psutil
 import torch
 import torch._dynamo  # which the first optimizer imports: another second
 
-from bench import measure, plots, runner, store, training
+from bench import making, measure, plots, runner, store, training
 from bench.cli import main
 from bench.store import Run
 from tests.bench.conftest import QUICK
@@ -188,7 +188,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "training": (training._Training, "step"),
     "checkpoint": (training, "write_tensors"),
     "validation": (training, "evaluate"),
-    "evaluation": (runner, "evaluate"),
+    "evaluation": (making, "evaluate"),
     "measuring": (measure, "measure"),
     "completing": (Run, "complete"),
     "summary": (Run, "write_summary"),

@@ -157,8 +157,8 @@ def _cell(data: bytes, folder: Path) -> None:
         compared = comparison.compare([run.folder], accept_changed_code=True)
         rows, notes = compared.rows, compared.lines()
     except BenchError as error:
-        rows, notes = [], [str(error)]
-    report.page(run.folder, found, rows, notes).encode()
+        compared, rows, notes = None, [], [str(error)]
+    report.page(run.folder, found, compared, notes).encode()
     paper.markdown("run", found, rows, notes, "").encode()
     paper.latex(found, rows).encode()
     check(run.folder, run.folder).markdown().encode()
