@@ -131,7 +131,11 @@ def errors(records: Mapping[str, tuple[Run, list[Record]]]) -> Figure:
             continue
         axis.plot(steps, mean, label=name, **style)
         axis.fill_between(steps, low, high, color=PALETTE[index], alpha=0.15, linewidth=0)
-    axis.set_ylim(bottom=0)
+    means = [value for line in axis.lines for value in np.atleast_1d(line.get_ydata())]
+    if max(means) > 1000 * np.median(means):  # a wave on which further steps diverged
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
     axis.set_xlabel("gradient steps on the support points")
     axis.set_ylabel("mean squared error")
     axis.legend(frameon=False)

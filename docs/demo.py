@@ -62,7 +62,7 @@ def picture(page: Path, target: Path) -> None:
 def main(folder: Path) -> None:
     """Make all of it from one run's folder."""
     text = README.read_text(encoding="utf-8")
-    for name, block in (("demo", table(folder)), ("compared", sentences(folder))):
+    for name, block in (("demo", table(folder)), ("sentences", sentences(folder))):
         text = filled(text, name, f"```\n{block}\n```\n")
     README.write_text(text, encoding="utf-8")
     run = Run(folder)
