@@ -35,7 +35,7 @@ def compared() -> str:
     heads = [f"{name}, {said_once(each)}" for name, each in boards.items()]
     lines = [row(["algorithm", *heads, *COSTS]), row(["---"] * (1 + len(heads) + len(COSTS)))]
     if not boards:
-        return "\n".join(lines) + "\n"
+        return "Not run so far.\n"
     scores = {name: scores_of(name, each) for name, each in boards.items()}
     first = next(iter(boards.values()))
     for algorithm, entry in first.set_index("algorithm").iterrows():
