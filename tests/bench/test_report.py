@@ -493,6 +493,7 @@ def test_the_sensitivity_is_charted_where_something_was_swept(
     assert chart.locator(".xtick").all_text_contents() == ["0.01", "0.1", "1"]
     other.locator("#numbers-sensitivity summary").press("Enter")
     table = other.locator("#numbers-sensitivity table")
+    table.wait_for()
     assert table.locator("tbody tr").count() == 18
     assert "maml (norm single)" in table.inner_text()
     other.get_by_label("Setting", exact=True).select_option("norm")
