@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from algorithms.base import register
 from algorithms.maml import MAML
+from algorithms.meta_sgd import MetaSGD
 
 
 @register("metacurvature")
@@ -25,11 +26,7 @@ class MetaCurvature(MAML):
     """
 
     summary = "MAML with a learned linear map of each gradient (Park and Oliva 2019)"
-    # Maps that were learned for one step can diverge in the next ones.
-    defaults = {
-        "*": {"eval_steps": 1},
-        "sinusoid": {**MAML.defaults["sinusoid"], "eval_steps": 1},
-    }
+    defaults = MetaSGD.defaults  # what was learned for one step can diverge in the next ones
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         super().__init__(model, **settings)

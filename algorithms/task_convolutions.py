@@ -244,7 +244,7 @@ def _compiled(
     given = next(each for each in (images, outputs) if each is not None)
     compiled = kernels_for(given)
     assert compiled is not None
-    shared = kernels is not None and (len(kernels) == 1 or kernels.stride(0) == 0)
+    shared = kernels is not None and _one_for_all(kernels)
     image_shape = made if images is None else images.shape
     kernel_shape = made if kernels is None else kernels.shape
     assert image_shape is not None
@@ -272,11 +272,16 @@ def _compiled(
     return missing.movedim(-1, -3)
 
 
+def _one_for_all(kernels: Tensor) -> bool:
+    """Whether all tasks have the same kernels, of which there is one in memory."""
+    return len(kernels) == 1 or kernels.stride(0) == 0
+
+
 def _by_kernel(
     function: Callable[[Tensor, Tensor], Tensor], kernels: Tensor, samples: Tensor
 ) -> Tensor:
     """``function`` of each task's samples and its kernel; at once where the kernel is shared."""
-    if len(kernels) == 1 or kernels.stride(0) == 0:
+    if _one_for_all(kernels):
         return function(samples, kernels[0])
     parts = zip(samples.chunk(len(kernels)), kernels, strict=True)
     return torch.cat([function(part, kernel) for part, kernel in parts])

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
-from reproduction import filled
 from rich.console import Console
 
 from bench import comparison, report
+from bench.files import filled
 from bench.plots import draw_all
 from bench.progress import summary_table
 from bench.store import Run

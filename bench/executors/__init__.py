@@ -5,6 +5,8 @@ One file each, imported when asked for, since Ray and submitit are extras.
 
 from __future__ import annotations
 
+from typing import Any
+
 from bench.errors import BenchError
 from bench.executors.base import (
     Began,
@@ -76,22 +78,25 @@ def hire(
             raise BenchError(f"{option} is for --executor {' and '.join(able)}")
     memory = None if memory_gib is None else int(memory_gib * GIB)
     needs = Needs(cpus, 1 if gpus is None else gpus, memory)
-    terms = (jobs, needs, cell_timeout, measure_beside_work)
+    terms: dict[str, Any] = {
+        "cell_timeout": cell_timeout,
+        "measure_beside_work": measure_beside_work,
+    }
     if executor is None:
         return None
     if executor == "local":
         from bench.executors.local import Local
 
-        return Local(*terms)
+        return Local(jobs, needs, **terms)
     try:
         if executor == "ray":
             from bench.executors.ray import Ray
 
-            return Ray(*terms, address=address)
+            return Ray(jobs, needs, address=address, **terms)
         if executor == "slurm":
             from bench.executors.slurm import Slurm
 
-            return Slurm(*terms)
+            return Slurm(jobs, needs, **terms)
     except ModuleNotFoundError as error:
         raise BenchError(
             f"--executor {executor} needs {error.name}, which is not installed: "

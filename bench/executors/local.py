@@ -16,9 +16,11 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,14 +53,8 @@ class Local(Crew):
 
     name = "local"
 
-    def __init__(
-        self,
-        jobs: int | None,
-        needs: Needs,
-        cell_timeout: float | None = None,
-        measure_beside_work: bool = False,
-    ) -> None:
-        super().__init__(jobs or 1, needs, cell_timeout, measure_beside_work)
+    def __init__(self, jobs: int | None, needs: Needs, **terms: Any) -> None:
+        super().__init__(jobs or 1, needs, **terms)
         self.size = jobs or 1
         self.threads = needs.cpus or max(1, ALL_THREADS // self.size)
         self.members: list[_Member] = []
@@ -176,7 +172,7 @@ def _serve(connection: Connection, data: Path, plugin: Path | None, threads: int
     for number in (signal.SIGINT, signal.SIGTERM):  # for the one who asks to deal with
         signal.signal(number, signal.SIG_IGN)
     from bench.executors import parcel
-    from bench.executors.worker import Telling, make_alone
+    from bench.executors.worker import Telling, alone, make
     from bench.making import Sources
 
     asked: queue.Queue[Job] = queue.Queue()
@@ -201,9 +197,8 @@ def _serve(connection: Connection, data: Path, plugin: Path | None, threads: int
         job = asked.get()
         connection.send(Began(job.cell.id, where))
         watch = Telling(job.cell, connection.send)
-        outcome = make_alone(
-            data.parent, PATIENCE_SECONDS, job, sources, plugin, threads, watch, stopped.is_set
-        )
+        work = partial(make, job, sources, plugin, threads, watch, stopped.is_set)
+        outcome = alone(data.parent, PATIENCE_SECONDS, job.cell, work)
         ended = Ended(job.cell.id, outcome)
         connection.send(ended)
         if _unsound(ended):

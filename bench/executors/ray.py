@@ -87,15 +87,9 @@ class Ray(Crew):
     afar = True
 
     def __init__(
-        self,
-        jobs: int | None,
-        needs: Needs,
-        cell_timeout: float | None = None,
-        measure_beside_work: bool = False,
-        *,
-        address: str | None = None,
+        self, jobs: int | None, needs: Needs, *, address: str | None = None, **terms: Any
     ) -> None:
-        super().__init__(jobs, needs, cell_timeout, measure_beside_work)
+        super().__init__(jobs, needs, **terms)
         self.address = address or os.environ.get("RAY_ADDRESS") or "local"
         self.threads = needs.cpus or 1
         self.tasks: dict[str, Any] = {}

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from bench.errors import BenchError
 from bench.executors import parcel
 from bench.executors.base import Began, Crew, Ended, Event, Job, Kit, Lost, Needs, Outcome
-from bench.executors.worker import Telling, make_alone
+from bench.executors.worker import Telling, alone, make
 from bench.failures import failure_of
 from bench.making import Sources
 from bench.plugins import load_plugin
@@ -49,15 +50,9 @@ class Slurm(Crew):
     afar = True
 
     def __init__(
-        self,
-        jobs: int | None,
-        needs: Needs,
-        cell_timeout: float | None = None,
-        measure_beside_work: bool = False,
-        *,
-        cluster: str = "slurm",
+        self, jobs: int | None, needs: Needs, *, cluster: str = "slurm", **terms: Any
     ) -> None:
-        super().__init__(jobs, needs, cell_timeout, measure_beside_work)
+        super().__init__(jobs, needs, **terms)
         self.cluster = cluster
         self.threads = needs.cpus or 1
         self.handles: dict[str, submitit.Job[Outcome]] = {}
@@ -157,16 +152,8 @@ class _Make(submitit.helpers.Checkpointable):  # type: ignore[misc]
         sources = Sources(None, False, parcel.read(self.folder / "data"))
         watch = Telling(job.cell, lambda moved: None)
         interrupted = _Asking(self.folder / STOP)
-        return make_alone(
-            self.folder,
-            AS_LONG_AS_IT_TAKES,
-            job,
-            sources,
-            self.plugin,
-            self.threads,
-            watch,
-            interrupted,
-        )
+        work = partial(make, job, sources, self.plugin, self.threads, watch, interrupted)
+        return alone(self.folder, AS_LONG_AS_IT_TAKES, job.cell, work)
 
 
 class _Asking:

@@ -81,26 +81,19 @@ def make(
             return disk
 
 
-def make_alone(
-    locks: Path,
-    patience: float,
-    job: Job,
-    sources: Sources,
-    plugin: Path | None,
-    threads: int,
-    watch: Telling,
-    interrupted: Callable[[], bool],
-) -> Outcome:
-    """The same where processes share a disk: not while another, which was taken for lost or whose
-    run was killed, is still at it.
+def alone(locks: Path, patience: float, cell: Cell, work: Callable[[], Outcome]) -> Outcome:
+    """What the work on a cell comes to where processes share a disk: not while another, which was
+    taken for lost or whose run was killed, is still at it.
 
     Args:
         locks: a folder that gets a lock for each cell.
         patience: seconds to wait for the other; negative for as long as it takes.
+        cell: which.
+        work: makes it.
     """
-    lock = filelock.FileLock(locks / f"{job.cell.id}.lock", timeout=patience)
+    lock = filelock.FileLock(locks / f"{cell.id}.lock", timeout=patience)
     try:
         with lock:
-            return make(job, sources, plugin, threads, watch, interrupted)
+            return work()
     except filelock.Timeout:
         return failure_of(BenchError("another process is still making it"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from docs.reproduction import filled
+from bench.files import filled
 from tests.chaos.attempts import Attempt, contents, quick, sweep
 
 COUNTS = pytest.StashKey[dict[str, Counter[str]]]()

@@ -142,6 +142,7 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         fuzz_one(asked.only, asked.seconds, asked.faults)
         return 0
+    from bench.files import filled
     from tests.fuzz.targets import TARGETS
 
     with ThreadPoolExecutor(asked.jobs) as pool:
@@ -152,10 +153,7 @@ def main() -> int:
     mended = {TARGETS[name].reads: len(list((FOUND / name).glob("*"))) for name in there}
     for reads, row in rows.items():
         print(f"{reads}: {', '.join(f'{count:,} {what}' for what, count in row.items())}")
-    begin, end = "<!-- fuzzed -->", "<!-- /fuzzed -->"
-    head, _, rest = FIGURES.read_text().partition(begin)
-    _, _, tail = rest.partition(end)
-    FIGURES.write_text(f"{head}{begin}\n{table(rows, mended)}\n{end}{tail}")
+    FIGURES.write_text(filled(FIGURES.read_text(), "fuzzed", f"{table(rows, mended)}\n"))
     return 1 if any(row["faults"] for row in rows.values()) else 0
 
 
