@@ -25,7 +25,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 import algorithms
 import datasets
-from algorithms import AlgorithmError, models
+from algorithms import AlgorithmError, kernels, models
 from algorithms.verification import verify
 from bench.environment import blas, cpu_name
 from bench.sweep import best_device
@@ -233,13 +233,12 @@ def nvml() -> Finding:
 
 
 def tools() -> Iterator[Finding]:
-    """Programs that something besides the main job wants."""
-    compiler = next((p for n in ("cc", "gcc", "clang") if (p := shutil.which(n))), None)
-    if compiler:
-        yield Finding("compiler", "ok", compiler)
+    """What the fast engine and the report's tests want; the main job does without."""
+    if reason := kernels.missing():
+        remedy = "the batched engine is slower without: apt-get install gcc"
+        yield Finding("kernels", "warning", f"not compiled: {reason}", remedy)
     else:
-        remedy = "only where a package has no wheel for this machine: apt-get install gcc"
-        yield Finding("compiler", "warning", "no C compiler", remedy)
+        yield Finding("kernels", "ok", "the batched engine's are compiled for this machine")
     names = (os.environ.get("BENCH_CHROMIUM", ""), "chromium", "google-chrome")
     browser = next((p for n in names if n and (p := shutil.which(n))), None)
     if browser:

@@ -48,6 +48,14 @@ def test_a_machine_on_which_the_tests_run_has_no_fault(bench, monkeypatch) -> No
     assert "'datasets' is this project's" in said["datasets"]
 
 
+def test_it_says_why_the_kernels_cannot_be_compiled(monkeypatch) -> None:
+    assert next(doctor.tools()).level == "ok"
+    monkeypatch.setenv("CC", "no-such-compiler")
+    found = next(doctor.tools())
+    assert (found.about, found.level) == ("kernels", "warning")
+    assert "there is no C compiler" in found.line
+
+
 def test_a_fault_is_exit_status_1(bench, monkeypatch) -> None:
     fault = Finding("python", "fault", "Python 2", "3.10 or newer is needed")
     monkeypatch.setattr(doctor, "examine", lambda root: iter([fault]))
