@@ -186,8 +186,8 @@ def run(
                 _run_by(crew, groups, work)
         finally:
             display.end()
-        summary = store.write_summary()
-        plots.draw_all(summary, store.figures, store.swept())
+        summary, swept = store.write_summary()
+        plots.draw_all(summary, store.figures, swept)
     return summary
 
 

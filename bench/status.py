@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from algorithms import AlgorithmError
 from bench.errors import BenchError
+from bench.making import STATE
 from bench.measure import EPISODES, REPEATS, WARM_UP
-from bench.store import CHECKPOINT, RECORD, Record, Run
+from bench.store import CHECKPOINT, RECORD, TRAINED, Record, Run
 from bench.sweep import Cell, Sweep, names, read_sweep
 from bench.training import validation_interval
 from datasets import DatasetError
@@ -197,9 +198,9 @@ def read(folder: Path) -> Status:
     except (AlgorithmError, DatasetError, BenchError):
         asked = None
     failures = {id: f for id, f in run.failures().items() if id not in complete}
-    failed = {id: _first_line(failure) for id, failure in failures.items()}
+    failed = {id: _first_line(failure["reason"]) for id, failure in failures.items()}
     cells = {cell.id: cell for cell in [*(asked or []), *(record.cell for record in done)]}
-    cells |= {id: cell for id, f in failures.items() if (cell := _cell(f)) is not None}
+    cells |= {id: Cell(**failure["settings"]) for id, failure in failures.items()}
     touched = {*complete, *failed}
     left = None if asked is None else [cell for cell in asked if cell.id not in touched]
     ends, because = estimate(run, done, left, underway)
@@ -229,18 +230,10 @@ def _grid(sweep: Sweep) -> int:
     return math.prod(len(axis) for axis in (*axes, sweep.algos, *sweep.set.values()))
 
 
-def _first_line(failure: Any) -> str:
-    """The reason in one line; of a traceback the last, which says what was raised."""
-    reason = str(failure.get("reason", "")) if isinstance(failure, dict) else ""
+def _first_line(reason: str) -> str:
+    """A reason in one line; of a traceback the last, which says what was raised."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()] or ["no reason noted"]
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
-
-
-def _cell(failure: Any) -> Cell | None:
-    try:
-        return Cell(**failure["settings"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 # What is running
@@ -285,8 +278,8 @@ def _started(pid: int) -> float | None:
 
 def _underway(workplace: Path) -> Underway:
     """How far a cell is, by what there is in its workplace."""
-    over = 2 if (workplace / "trained.json").exists() else (workplace / CHECKPOINT).exists()
-    checkpoint = workplace / "training.safetensors"
+    over = 2 if (workplace / TRAINED).exists() else (workplace / CHECKPOINT).exists()
+    checkpoint = workplace / STATE
     try:
         age = max(time.time() - checkpoint.stat().st_mtime, 0.0)
         with safe_open(checkpoint, framework="numpy") as file:

@@ -207,12 +207,17 @@ class Run:
         if failures.pop(cell.id, None) is not None:
             write_text(self.folder / "failures.json", to_json(failures))
 
-    def write_summary(self) -> pd.DataFrame:
-        """Write ``summary.csv`` and ``summary.parquet`` from the cells that are there."""
-        summary = self.summary()
+    def write_summary(self) -> tuple[pd.DataFrame, list[str]]:
+        """Write ``summary.csv`` and ``summary.parquet`` from the cells that are there.
+
+        Returns:
+            :meth:`summary`, and the settings that tell cells of one algorithm apart where nothing
+            else does.
+        """
+        summary, swept = self._summary()
         write_text(self.folder / "summary.csv", summary.to_csv(index=False))
         write_table(self.folder / "summary.parquet", summary)
-        return summary
+        return summary, swept
 
     # Reading.
 
@@ -291,7 +296,11 @@ class Run:
         return found
 
     def summary(self) -> pd.DataFrame:
-        """One row a cell, with the columns of :data:`SUMMARY_COLUMNS` and of :meth:`swept`."""
+        """One row a cell, with the columns of :data:`SUMMARY_COLUMNS` and those of the settings
+        that were swept."""
+        return self._summary()[0]
+
+    def _summary(self) -> tuple[pd.DataFrame, list[str]]:
         records, failed, failures = self.records(), self._failed(), self.failures()
         rows = [record.row() for record in records]
         rows += [
@@ -300,11 +309,7 @@ class Run:
         ]
         swept = varied([*(record.cell.row() for record in records), *failed.values()])
         columns = dict.fromkeys((*SUMMARY_COLUMNS, *swept))
-        return pd.DataFrame(rows).reindex(columns=list(columns))
-
-    def swept(self) -> list[str]:
-        """The settings that tell cells of one algorithm apart where nothing else does."""
-        return varied([*(r.cell.row() for r in self.records()), *self._failed().values()])
+        return pd.DataFrame(rows).reindex(columns=list(columns)), swept
 
     def _failed(self) -> dict[str, dict[str, Any]]:
         """The settings of failed cells, each in one table."""

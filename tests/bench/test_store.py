@@ -61,7 +61,7 @@ def test_the_summary_has_the_contracts_columns_and_leaves_empty_what_was_not_mea
     run: Run, cell: Cell
 ) -> None:
     finish(run, cell)
-    summary = run.write_summary()
+    summary, _ = run.write_summary()
     assert tuple(summary.columns) == SUMMARY_COLUMNS
     row = summary.iloc[0]
     assert (row["algorithm"], row["mean"], row["inner_steps"]) == ("maml", 0.5, 1)
