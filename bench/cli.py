@@ -256,7 +256,9 @@ def run(
             raise
     mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
     console.print(summary_table(mine, varied(cell.row() for cell in cells)))
-    console.print(f"table: {folder / 'summary.csv'}\nplot:  {folder / 'figures' / 'accuracy.png'}")
+    console.print(f"table: {folder / 'summary.csv'}")
+    if (plot := folder / "figures" / "accuracy.png").exists():
+        console.print(f"plot:  {plot}")
     for note in [*reuse_notes(mine), *challenge_notes(mine)]:
         console.print(note)
     if (mine["status"] != "complete").any():
@@ -558,7 +560,8 @@ def list_recipes() -> None:
     from bench import reproduction
 
     name = Column("recipe", no_wrap=True)  # it is there to be typed
-    table = Table(name, "published", "ours (reference run)", "a seed on a CPU", "on a GPU")
+    figure = Column("published", no_wrap=True)
+    table = Table(name, figure, "ours", "seed on CPU", "on GPU", box=None, padding=(0, 1, 0, 0))
     for row in reproduction.listing():
         table.add_row(*row.values())
     Console().print(table)

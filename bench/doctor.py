@@ -319,7 +319,7 @@ def engines() -> Iterator[Finding]:
         found = f"agree to {worst:.0e} in float64, for {len(errors)} algorithms on conv4"
         yield Finding("engines", "ok", found)
     if refused:
-        yield Finding("engines", "ok", f"not asked: {', '.join(refused)}, without both engines")
+        yield Finding("engines", "ok", f"not asked: {', '.join(refused)}, which take no such batch")
 
 
 def products() -> Iterator[Finding]:

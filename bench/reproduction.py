@@ -467,7 +467,8 @@ def listing() -> list[dict[str, str]]:
         latest[reference["recipe"]] = reference  # the one of the largest scale
     rows = []
     for name in names():
-        row = {"recipe": name, "published": str(published()[read(name).published])}
+        theirs = published()[read(name).published]
+        row = {"recipe": name, "published": figure(theirs.metric, theirs.value, theirs.half_width)}
         row |= {"ours": "", "cpu": "", "gpu": ""}
         if name in latest:
             reference = latest[name]

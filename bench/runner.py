@@ -65,9 +65,6 @@ def check(
     if crew is not None:
         crew.check(cells)
     for cell in {cell.seedless_id: cell for cell in cells}.values():
-        precision = cell.hyperparameters.get("precision", "float32")
-        if precision != "float32" and not cell.device.startswith("cuda"):
-            raise BenchError(f"precision {precision} is for NVIDIA GPUs, not for {cell.device}")
         if cell.meta_batch < processes:
             raise BenchError(
                 f"{processes} processes cannot share a meta-batch of {cell.meta_batch} tasks; "
@@ -90,6 +87,9 @@ def check(
         build(
             cell.model_copy(update={"device": "cpu"}), sources.require(cell.dataset, "train", "cpu")
         )
+        precision = cell.hyperparameters.get("precision", "float32")
+        if precision != "float32" and not cell.device.startswith("cuda"):
+            raise BenchError(f"precision {precision} is for NVIDIA GPUs, not for {cell.device}")
     for cell in {_computed(cell): cell for cell in cells}.values():
         try:
             check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))

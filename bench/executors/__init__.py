@@ -73,6 +73,9 @@ def hire(
         "--cell-memory": (memory_gib, ("ray", "slurm")),
         "--measure-beside-work": (measure_beside_work or None, EXECUTORS),
     }
+    for option, limit in (("--cell-timeout", cell_timeout), ("--cell-memory", memory_gib)):
+        if limit is not None and not limit > 0:
+            raise BenchError(f"{option} is {limit:g}; it must be positive")
     for option, (value, able) in asked.items():
         if value is not None and executor not in able:
             raise BenchError(f"{option} is for --executor {' and '.join(able)}")
