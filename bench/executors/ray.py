@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,20 +28,16 @@ import datasets
 from bench.errors import BenchError
 from bench.executors.base import Began, Crew, Ended, Event, Job, Kit, Lost, Moved, Needs, Outcome
 from bench.executors.parcel import pack, unpack
-from bench.executors.worker import Telling, make
+from bench.executors.worker import Telling, make, seldom
 from bench.failures import failure_of
 from bench.files import write_bytes
 from bench.making import STATE, Sources
 from bench.plugins import load_plugin
-from bench.store import CHECKPOINT, SCORES, TRAINING
+from bench.store import REQUIRED
 from bench.sweep import Cell
 from bench.training import Progress
 
 PORT = 6379
-ASK_SECONDS = 1.0
-"""How often, at most, a worker asks whether to stop."""
-FILES = (TRAINING, SCORES, CHECKPOINT)
-"""What a cell that is trained and evaluated consists of."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +235,9 @@ def _make(
         load_plugin(path)
         sources = Sources(None, False, unpack(*data))
         watch = _Sending(job.cell, place / STATE, post.leave.remote)
-        outcome = make(replace(job, workplace=place), sources, path, threads, watch, _asking(post))
-        kept = FILES if isinstance(outcome, dict) else (STATE,) if outcome is None else ()
+        stopped = seldom(lambda: bool(ray.get(post.stopped.remote())))
+        outcome = make(replace(job, workplace=place), sources, path, threads, watch, stopped)
+        kept = REQUIRED if isinstance(outcome, dict) else (STATE,) if outcome is None else ()
         there = [name for name in kept if (place / name).exists()]
         return outcome, {name: (place / name).read_bytes() for name in there}
 
@@ -263,17 +259,3 @@ class _Sending(Telling):
 
     def _written(self) -> int:
         return self.state.stat().st_mtime_ns if self.state.exists() else 0
-
-
-def _asking(post: Any) -> Callable[[], bool]:
-    """Asks the driver whether to stop, not too often."""
-    asked = time.monotonic()
-
-    def stopped() -> bool:
-        nonlocal asked
-        if time.monotonic() - asked < ASK_SECONDS:
-            return False
-        asked = time.monotonic()
-        return bool(ray.get(post.stopped.remote()))
-
-    return stopped

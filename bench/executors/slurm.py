@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from bench.errors import BenchError
 from bench.executors import parcel
 from bench.executors.base import Began, Crew, Ended, Event, Job, Kit, Lost, Needs, Outcome
-from bench.executors.worker import Telling, alone, make
+from bench.executors.worker import Telling, alone, make, seldom
 from bench.failures import failure_of
 from bench.making import Sources
 from bench.plugins import load_plugin
@@ -36,7 +37,6 @@ GIB = 2**30
 STOP = "stop"
 AS_LONG_AS_IT_TAKES = -1.0
 """To wait for the job of a run that was killed: it cannot notice, and comes to the same."""
-ASK_SECONDS = 1.0
 
 
 class Slurm(Crew):
@@ -87,7 +87,8 @@ class Slurm(Crew):
 
     def submit(self, jobs: Sequence[Job]) -> None:
         make = _Make(self.folder, self.plugin, self.threads)
-        here = [_resolved(job) for job in jobs]
+        # Their processes are in another folder.
+        here = [replace(job, workplace=job.workplace.resolve()) for job in jobs]
         for job, handle in zip(jobs, self.submitter.map_array(make, here), strict=True):
             self.handles[job.cell.id] = handle
             self.begun.discard(job.cell.id)
@@ -134,11 +135,6 @@ def _cancel(handle: submitit.Job[Any]) -> None:
         handle.cancel(check=False)
 
 
-def _resolved(job: Job) -> Job:
-    """The same job, for a process that is in another folder."""
-    return Job(job.cell, job.workplace.resolve(), job.source, job.verify_gradients)
-
-
 class _Make(submitit.helpers.Checkpointable):  # type: ignore[misc]
     """A cell, made by the job that calls this; called again once its job is queued again."""
 
@@ -151,20 +147,6 @@ class _Make(submitit.helpers.Checkpointable):  # type: ignore[misc]
         load_plugin(self.plugin)
         sources = Sources(None, False, parcel.read(self.folder / "data"))
         watch = Telling(job.cell, lambda moved: None)
-        interrupted = _Asking(self.folder / STOP)
+        interrupted = seldom((self.folder / STOP).exists)
         work = partial(make, job, sources, self.plugin, self.threads, watch, interrupted)
         return alone(self.folder, AS_LONG_AS_IT_TAKES, job.cell, work)
-
-
-class _Asking:
-    """Looks whether to stop, not too often."""
-
-    def __init__(self, sign: Path) -> None:
-        self.sign = sign
-        self.asked = time.monotonic()
-
-    def __call__(self) -> bool:
-        if time.monotonic() - self.asked < ASK_SECONDS:
-            return False
-        self.asked = time.monotonic()
-        return self.sign.exists()

@@ -19,6 +19,8 @@ from bench.training import Progress
 
 TELL_SECONDS = 0.5
 """How often, at most, a worker tells how far a cell is."""
+ASK_SECONDS = 1.0
+"""How often, at most, a worker on a cluster asks whether to stop."""
 
 
 class Telling:
@@ -48,6 +50,20 @@ class Telling:
             return
         self.told = now
         self.tell(Moved(self.cell.id, stage, done, total, note))
+
+
+def seldom(question: Callable[[], bool]) -> Callable[[], bool]:
+    """A question that is put every :data:`ASK_SECONDS`; in between the answer is no."""
+    asked = time.monotonic()
+
+    def answer() -> bool:
+        nonlocal asked
+        if time.monotonic() - asked < ASK_SECONDS:
+            return False
+        asked = time.monotonic()
+        return question()
+
+    return answer
 
 
 def make(

@@ -287,9 +287,9 @@ def test_what_a_store_of_objects_holds_is_not_copied_either() -> None:
 def test_what_no_executor_can_do_is_said_in_one_line(
     bench, tmp_path: Path, monkeypatch, arguments: tuple[str, ...], message: str
 ) -> None:
-    for name in ("ray", "submitit"):
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.delitem(sys.modules, f"bench.executors.{name}", raising=False)
+    for package, executor in (("ray", "ray"), ("submitit", "slurm")):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, f"bench.executors.{executor}", raising=False)
     status, _, err = bench("run", "--algos", "maml", *QUICK, *arguments)
     assert (status, err.count("\n")) == (2, 1)
     assert message in err
