@@ -223,10 +223,9 @@ class BatchedInnerLoop(InnerLoop):
             allow_unused=True,
         )
         found = zip(names, gradients, strict=True)
-        changes, rule = rule.step(
-            {name: self.shaped(name, g) for name, g in found if g is not None}
+        stepped, rule = rule.step(
+            fast, {name: self.shaped(name, g) for name, g in found if g is not None}
         )
-        stepped = {name: fast[name] - change for name, change in changes.items()}
         if not create_graph:
             stepped = {name: value.detach().requires_grad_() for name, value in stepped.items()}
         return fast | stepped, rule
@@ -259,10 +258,10 @@ class _SGD:
         self.rate = rate
         self.steps = steps
 
-    def step(self, gradients: Fast) -> tuple[Fast, _SGD]:
-        """What each parameter loses in this step, and the rule of the next."""
-        changes = {name: self.rate(name, self.steps) * g for name, g in gradients.items()}
-        return changes, _SGD(self.rate, self.steps + 1)
+    def step(self, fast: Fast, gradients: Fast) -> tuple[Fast, _SGD]:
+        """The weights that have a gradient after this step, and the rule of the next."""
+        stepped = {n: _less(fast[n], self.rate(n, self.steps), g) for n, g in gradients.items()}
+        return stepped, _SGD(self.rate, self.steps + 1)
 
 
 class _Adam(_SGD):
@@ -274,8 +273,8 @@ class _Adam(_SGD):
         super().__init__(rate, steps)
         self.moments = moments or {}
 
-    def step(self, gradients: Fast) -> tuple[Fast, _SGD]:
-        changes, moments = {}, dict(self.moments)
+    def step(self, fast: Fast, gradients: Fast) -> tuple[Fast, _SGD]:
+        stepped, moments = {}, dict(self.moments)
         unbias = (1 - self.beta2 ** (self.steps + 1)) ** 0.5
         for name, gradient in gradients.items():
             moment = (1 - self.beta2) * gradient * gradient
@@ -287,8 +286,15 @@ class _Adam(_SGD):
             zero = moment == 0
             root = torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
             size = self.rate(name, self.steps) * unbias
-            changes[name] = size * gradient / (root + self.eps)
-        return changes, _Adam(self.rate, self.steps + 1, moments)
+            stepped[name] = _less(fast[name], size, gradient / (root + self.eps))
+        return stepped, _Adam(self.rate, self.steps + 1, moments)
+
+
+def _less(weights: Tensor, size: float | Tensor, direction: Tensor) -> Tensor:
+    """``weights - size * direction``; where the size is a number, in one pass."""
+    if isinstance(size, Tensor):
+        return weights - size * direction
+    return torch.sub(weights, direction, alpha=size)
 
 
 def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeights) -> nn.Module:
