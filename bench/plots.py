@@ -47,6 +47,7 @@ OVERS = {
     "episodes": "over test episodes (this trained model on new tasks)",
 }
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
+MARGIN_INCHES = 0.1
 MOST_TICKS = 8
 """Swept values that are written at an axis, each where it is; for more, round numbers are."""
 MOST_DRAWN = 20
@@ -92,11 +93,14 @@ def save(figure: Figure, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.is_symlink():  # to a place that is not this run's
         raise OSError(errno.ELOOP, f"{path.parent.name} is a link to elsewhere")
+    figure.draw_without_rendering()  # laid out once for both: with many panels that takes longest
+    figure.set_layout_engine("none")
+    bounds = figure.get_tightbbox().padded(MARGIN_INCHES)
     written = []
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
         target = path.with_name(f"{path.name}.{kind}")
         with whole(target) as aside:
-            figure.savefig(aside, format=kind, dpi=200, bbox_inches="tight", metadata=metadata)
+            figure.savefig(aside, format=kind, dpi=200, bbox_inches=bounds, metadata=metadata)
         written.append(target)
     return written
 
