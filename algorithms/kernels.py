@@ -18,6 +18,7 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import platformdirs
 import torch
@@ -73,9 +74,16 @@ class Tensors(ctypes.Structure):
 class Kernels:
     """The kernels for one type of numbers. Tensors are on the CPU and of that type.
 
+    Attributes:
+        flops: floating-point operations that the convolutions of this process have come to,
+            counted as torch counts its own: a kernel's elements twice for each place and filter,
+            padding included. Torch's counter does not see these.
+
     Raises:
         KernelsError: they cannot be built or used here.
     """
+
+    flops: ClassVar[int] = 0
 
     def __init__(self, dtype: torch.dtype) -> None:
         name, product = TYPES[dtype]
@@ -96,6 +104,7 @@ class Kernels:
             outputs: ``(tasks * samples, rows, columns, filters)``.
         """
         geometry.threads = torch.get_num_threads()
+        Kernels.flops += 2 * outputs.numel() * kernels[0, 0].numel()
         function = getattr(self.library, name)
         pointers = [ctypes.c_void_p(_at(each)) for each in (images, kernels, outputs)]
         _checked(function(ctypes.byref(geometry), self.product, *pointers))

@@ -28,6 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
+from algorithms.kernels import Kernels
 from bench.errors import CellError
 from bench.plugins import load_plugin
 from bench.protocol import evaluate
@@ -247,10 +248,11 @@ class Subject:
 
     def flops(self, phase: str) -> int:
         """Floating-point operations of one repeat of a phase, as torch counts them (matrix
-        products and convolutions, forward and backward)."""
+        products and convolutions, forward and backward), those of compiled kernels included."""
+        before = Kernels.flops
         with FlopCounterMode(display=False) as counter:
             self.once(phase, 0)
-        return int(counter.get_total_flops())
+        return int(counter.get_total_flops()) + Kernels.flops - before
 
 
 def measure(

@@ -131,6 +131,17 @@ def test_flops_of_a_known_product_are_two_an_element(cell: Cell) -> None:
     assert subject.flops(measure.STEP) == 2 * 3 * 5 * 7
 
 
+def test_engines_that_do_the_same_arithmetic_are_counted_alike() -> None:
+    settings = {"algos": ["fomaml"], "devices": ["cpu"], "meta_batch": 2}
+    source = datasets.get("glyphs")().load("train")
+    counts = []
+    for engine in ("higher", "batched"):
+        subject = measure.Subject(Sweep(engine=engine, **settings).cells()[0], source)
+        subject.once(measure.STEP, 0)  # the first step of all looks at the model, too
+        counts.append([subject.flops(phase) for phase in measure.PHASES])
+    assert counts[0] == counts[1]
+
+
 def test_peak_memory_is_what_the_work_took() -> None:
     meter = measure.Meter()
     meter.start()
