@@ -48,6 +48,8 @@ REQUIRED = (SCORES, TRAINING, CHECKPOINT)
 TRAINED = "trained.json"
 """In a workplace: the figures of a cell that has only to be measured."""
 
+LOOK_SECONDS = 0.5
+"""How long to wait for a folder: ``status`` holds its lock for the moment of a look."""
 READERS = 4
 """Files that are read at a time."""
 Item = TypeVar("Item")
@@ -115,7 +117,7 @@ class Run:
             BenchError: a folder that cannot be written, or that another run is using.
         """
         asked = sweep.model_dump(mode="json", exclude_none=True)
-        lock = filelock.FileLock(self.folder / ".lock", timeout=0)
+        lock = filelock.FileLock(self.folder / ".lock", timeout=LOOK_SECONDS)
         try:
             make_folder(self.cells)
             lock.acquire()  # the system's own, which ends with its process, however that ends

@@ -1,8 +1,10 @@
 """Where a run stands, told from its folder alone."""
 
+import fcntl
 import os
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -87,6 +89,15 @@ def test_the_process_that_holds_the_folder_is_told(run: Run, monkeypatch, listed
             assert found.since is not None
             assert found.since < time.time()
     assert status.holder(lock) is None
+
+
+def test_a_look_at_who_is_there_keeps_no_run_out(run: Run) -> None:
+    with (run.folder / ".lock").open("rb") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        with pytest.raises(BenchError, match="in use by another run"):
+            run.start(SWEEP)
+        Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        run.start(SWEEP).release()
 
 
 def test_a_cell_underway_tells_its_iteration_and_the_age_of_its_checkpoint(

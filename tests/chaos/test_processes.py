@@ -108,6 +108,36 @@ def test_measuring_processes_end_with_their_run(
     assert contents(place / "r") == undisturbed
 
 
+def test_the_run_killed_whose_cells_other_processes_make(
+    tmp_path: Path, whole: bool, counted: Counter[str]
+) -> None:
+    """SIGKILL of a run while two processes make its cells: they end too, and it goes on at once."""
+    several = ("--jobs", "2", "--cell-cpus", "1", "--seeds", "0,1", "--iterations", "60")
+    arguments = sweep("r", "--algos", "maml", *several)
+    places = [tmp_path / str(number) for number in range(11 if whole else 2)]
+    for place in places:
+        place.mkdir()
+    assert Attempt(arguments, places[0], quick).status() == 0
+    expected = contents(places[0] / "r")
+    chance = random.Random(0)
+    for place in places[1:]:
+        attempt = Attempt(arguments, place, quick)
+        while not list((place / "r" / "cells").glob(".*")):
+            assert attempt.process.is_alive(), attempt.err
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.5))
+        workers = [p for p in attempt.orphans() if p.pid != attempt.process.pid]
+        attempt.process.kill()
+        assert attempt.status() == -signal.SIGKILL
+        counted["kills"] += 1
+        counted["processes left behind at first"] += len(workers)
+        again = Attempt(arguments, place, quick)
+        assert again.status() == 0, again.err
+        assert not attempt.orphans()
+        assert contents(place / "r") == expected
+        counted["cells compared"] += len(expected["order"])
+
+
 def test_two_runs_on_one_folder(
     tmp_path: Path, whole: bool, undisturbed: dict[str, Any], counted: Counter[str]
 ) -> None:
