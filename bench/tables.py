@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -314,10 +315,8 @@ def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:
     over_seeds = _half_width(means, "seeds")
     over_episodes = _half_width(np.mean([one.scores[:, -1] for one in group], axis=0), "episodes")
     half = over_episodes if math.isnan(over_seeds) else over_seeds
-    rows = pd.DataFrame([one.record.row() for one in group])
-    measured = rows.select_dtypes("number").drop(columns="seed").median()
     return {
-        **measured,
+        **_medians([one.record.row() | {"seed": None} for one in group]),
         **_settings(first.cell),
         "engine": first.figures.get("engine", first.cell.hyperparameters.get("engine")),
         "source": first.source,
@@ -330,6 +329,16 @@ def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:
         "high": float(means.mean()) + half,
         "over": "episodes" if math.isnan(over_seeds) else "seeds",
     }
+
+
+def _medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The median of each number that rows have, over those that have it."""
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            found[name] = float(median(values))
+    return found
 
 
 def varying(leaderboard: pd.DataFrame) -> list[str]:
