@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from algorithms import AlgorithmError
-from bench.errors import BenchError
+from bench.errors import BenchError, DamagedError, printable
 from datasets import DatasetError, cifar_fs, mini_imagenet, omniglot, pickles
 from datasets.images import bombs_refused, colour
 
@@ -127,7 +127,8 @@ def _tomls() -> list[bytes]:
 
 def _cell(data: bytes, folder: Path) -> None:
     """A run whose second cell has this as its cell.json, in the folder that its settings ask for,
-    and this as its failures.json: everything that reads a run goes on with the first cell."""
+    and this as its failures.json: it is refused in a line, or everything that reads a run goes on
+    with it."""
     # Here, because it takes seconds, and other targets read no results.
     from bench import comparison, paper, report, tables
     from bench.regression import check
@@ -151,6 +152,12 @@ def _cell(data: bytes, folder: Path) -> None:
     other = other.rename(run.cells / name)
     (other / RECORD).write_bytes(data)
     (run.folder / "failures.json").write_bytes(data)
+    try:
+        run.sound(name)
+    except DamagedError as error:
+        assert str(error) == printable(str(error))
+        if not run.failures():
+            return
     found = tables.read(run)
     run.summary()
     try:
