@@ -152,12 +152,14 @@ def _cell(data: bytes, folder: Path) -> None:
     other = other.rename(run.cells / name)
     (other / RECORD).write_bytes(data)
     (run.folder / "failures.json").write_bytes(data)
+    reason = ""
     try:
         run.sound(name)
     except DamagedError as error:
-        assert str(error) == printable(str(error))
-        if not run.failures():
-            return
+        reason = str(error)
+    assert reason == printable(reason)
+    if reason and not run.failures():
+        return
     found = tables.read(run)
     run.summary()
     try:
