@@ -162,6 +162,19 @@ def test_more_words_of_an_episode_begin_with_the_fewer() -> None:
     assert np.array_equal(spec().words(5, 1000)[:7], spec().words(5, 7))
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2**63), st.integers(1, 40)), max_size=9)
+)
+def test_words_are_those_of_a_new_generator_whatever_was_asked_for_before(
+    asked: list[tuple[int, int, int]],
+) -> None:
+    for seed, index, count in asked:
+        of = spec(seed=seed)
+        counter = np.array([0, 0, index, 0], dtype=np.uint64)
+        anew = np.random.Philox(key=of.key, counter=counter)
+        assert np.array_equal(of.words(index, count), anew.random_raw(count))
+
+
 def test_the_stream_stays_what_it_is() -> None:
     """Published episodes are known by address: a change of these values changes all of them."""
     assert spec(seed=7).words(12, 2).tolist() == GOLDEN_WORDS
