@@ -233,6 +233,11 @@ class TaskEmbedding(TaskLayer):
         weight = self.value("weight")
         assert weight is not None
         tasks, rows = weight.shape[:2]
+        inside = ((inputs >= 0) & (inputs < rows)).all()
+        if inputs.device.type != "cpu":  # without waiting for the device
+            torch._assert_async(inside)
+        elif not inside:  # else it would be a row of another task
+            raise IndexError(f"an index is not from 0 to {rows - 1}")
         first = torch.arange(0, tasks * rows, rows, device=inputs.device)
         indices = inputs.view(tasks, -1) + first[:, None]
         return F.embedding(indices, weight.reshape(tasks * rows, -1)).view(*inputs.shape, -1)
@@ -253,7 +258,7 @@ class FixedPart:
         self.weights = layers[0].weights
         self.names = [name for layer in layers for name in layer.names.values()]
         self.statistics = statistics
-        self.kept: list[tuple[Any, list[Tensor], Tensor]] = []
+        self.kept: list[tuple[Any, list[Tensor], Tensor, int]] = []
 
     def __call__(self, inputs: Tensor) -> Tensor:
         given, fast = self.statistics, self.weights.fast
@@ -263,14 +268,17 @@ class FixedPart:
         # Data is told by where it lies, which cannot pass to other data while it is kept.
         where = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs._version)
         key = (*where, given.groups, given.counted, given.running, torch.is_grad_enabled())
-        for kept_key, kept_used, outputs in self.kept:
+        for kept_key, kept_used, outputs, version in self.kept:
             same = zip(kept_used[1:], used[1:], strict=True)
-            if kept_key == key and all(one is other for one, other in same):
+            # A layer that follows may have written over them, such as a rectifier in place.
+            sound = outputs._version == version
+            if sound and kept_key == key and all(one is other for one, other in same):
                 return outputs
         before = _generator_state(inputs.device)
         outputs = self.forward(inputs)
         if torch.equal(before, _generator_state(inputs.device)):  # no noise such as dropout's
-            self.kept = [*self.kept, (key, used, outputs)][-self.kept_at_most :]
+            kept = (key, used, outputs, outputs._version)
+            self.kept = [*self.kept, kept][-self.kept_at_most :]
         return outputs
 
     def forget(self) -> None:

@@ -263,7 +263,7 @@ static int for_every_item(Function *function, const Layout *layout, const Tensor
     const int64_t rows = layout->rows, channels = layout->channels;                                \
     const int64_t low = item->low, high = item->high, few = item->group * channels;                \
     const int64_t at = few * rows;                                                                 \
-    const REAL share = (REAL)1 / rows, lowest = layout->relu ? 0 : -(REAL)INFINITY;                \
+    const REAL share = (REAL)1 / rows, lowest = layout->relu ? 0 : (REAL)NAN;                      \
     REAL *restrict p_1 = item->vectors, *restrict p_2 = p_1 + channels;                            \
     REAL *restrict w = p_2 + channels, *restrict b = w + channels;                                 \
     REAL *restrict v_1 = b + channels, *restrict v_2 = v_1 + channels;                             \
@@ -301,7 +301,8 @@ static int for_every_item(Function *function, const Layout *layout, const Tensor
     EACH_CHANNEL(sum_1[c] = 0; sum_2[c] = 0)                                                       \
     IN_RUNS(statement, EACH_CHANNEL(sum_1[c] += p_1[c]; sum_2[c] += p_2[c]))
 
-/* Whether the rectifier passes z: as it is written, what is not a number passes. */
+/* Whether the rectifier passes z: as it is written, what is not a number passes, and without a
+ * rectifier, when `lowest` is none, everything does, also what has overflowed. */
 #define PASSES(z) (!((z) <= lowest))
 
 static void normalise_item(const Layout *layout, const Tensors *t, const Item *item) {

@@ -87,7 +87,11 @@ class Kernels:
 
     def __init__(self, dtype: torch.dtype) -> None:
         name, product = TYPES[dtype]
-        self.library = ctypes.CDLL(str(built(name)))
+        path = built(name)
+        try:
+            self.library = ctypes.CDLL(str(path))
+        except OSError as error:  # a disk from which nothing may be run, or a file cut short
+            raise KernelsError(f"cannot load {path}: {error}") from error
         self.product = ctypes.cast(getattr(_torch_library(), product), ctypes.c_void_p)
 
     def convolve(

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,3 +52,7 @@ class Reptile(Algorithm):
             outputs, _ = self.query_losses(fast, tasks)
             moved = [(theta - fast[name]).sum(0) for name, theta in self.meta_parameters.items()]
         return outputs, moved
+
+    @classmethod
+    def gradients_per_task(cls, settings: Mapping[str, Any]) -> int:
+        return int(settings["inner_steps"])

@@ -61,7 +61,11 @@ def convolution(images: Tensor, kernels: Tensor, window: Window) -> Tensor:
 
     Returns:
         ``(tasks * n, filters, rows, columns)``, in channels-last memory.
+
+    Raises:
+        ValueError: shapes or types that do not fit one another.
     """
+    _check(images, kernels, window)
     if kernels_for(images) is not None or _natively(images, kernels, window):
         outputs: Tensor = Convolution.apply(images, kernels, window)  # type: ignore[no-untyped-call]
         return outputs
@@ -73,6 +77,19 @@ def convolution(images: Tensor, kernels: Tensor, window: Window) -> Tensor:
         kernels.permute(0, 1, 3, 4, 2).reshape(tasks, filters, -1).transpose(1, 2),
     )
     return products.view(samples, rows, columns, filters).permute(0, 3, 1, 2)
+
+
+def _check(images: Tensor, kernels: Tensor, window: Window) -> None:
+    """What a compiled kernel takes on trust."""
+    samples, channels, height, width = images.shape
+    tasks = len(kernels)
+    if samples % tasks or (channels, *window.kernel) != kernels.shape[2:]:
+        shapes = f"{tuple(images.shape)} and kernels of {tuple(kernels.shape)}"
+        raise ValueError(f"images of {shapes} do not fit one another")
+    if (images.dtype, images.device) != (kernels.dtype, kernels.device):
+        raise ValueError(f"images are {images.dtype}, kernels are {kernels.dtype}")
+    if min(window.places(0, height), window.places(1, width)) < 1:
+        raise ValueError(f"a kernel of {window.kernel} is larger than images of {height} x {width}")
 
 
 def _natively(images: Tensor, kernels: Tensor, window: Window) -> bool:
@@ -256,20 +273,31 @@ def _compiled(
         *(*window.kernel, *window.stride, *window.dilation, *window.before, shared),
     )
 
-    def laid_out(tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        if tensor is None:
-            return given.new_empty(shape)
-        return tensor.movedim(-3, -1).contiguous()
+    def empty(*shape: int) -> Tensor:
+        # Not a view of what is laid out otherwise: layers that follow may write to it in place.
+        order = [*range(len(shape) - 3), len(shape) - 2, len(shape) - 1, len(shape) - 3]
+        made: Tensor = torch.empty_permuted(shape, order, dtype=given.dtype, device=given.device)
+        return made
 
     if shared:
         assert kernels is not None
         kernels = kernels[:1]
-    image = laid_out(images, (samples, height, width, channels))
-    kernel = laid_out(kernels, (tasks, filters, *window.kernel, channels))
-    output = laid_out(outputs, (samples, rows, columns, filters))
-    compiled.convolve(name, geometry, image, kernel, output)
-    missing = image if images is None else kernel if kernels is None else output
-    return missing.movedim(-1, -3)
+    if images is None:
+        images = found = empty(samples, channels, height, width)
+    elif kernels is None:
+        kernels = found = empty(tasks, filters, channels, *window.kernel)
+    else:
+        outputs = found = empty(samples, filters, rows, columns)
+    if not samples:
+        return found.zero_()
+    compiled.convolve(name, geometry, *map(_laid_out, (images, kernels, outputs)))
+    return found
+
+
+def _laid_out(tensor: Tensor | None) -> Tensor:
+    """Channels last, as the kernels read and write."""
+    assert tensor is not None
+    return tensor.movedim(-3, -1).contiguous()
 
 
 def _one_for_all(kernels: Tensor) -> bool:

@@ -28,7 +28,17 @@ def normalise(
 
     Returns:
         Like ``rows``.
+
+    Raises:
+        ValueError: shapes or types that do not fit one another.
     """
+    like = (rows.shape[0], 1, rows.shape[2])
+    for each in (weight, bias):  # a compiled kernel takes this on trust
+        if each is not None and (each.shape, each.dtype) != (like, rows.dtype):
+            given = f"{tuple(each.shape)} in {each.dtype}"
+            raise ValueError(f"scale and shift are {given}, not {like} in {rows.dtype}")
+    if not rows.numel():
+        return rows
     weight, bias = _contiguous(weight), _contiguous(bias)
     outputs: Tensor = Normalise.apply(rows.contiguous(), weight, bias, eps, relu)[0]  # type: ignore[no-untyped-call]
     return outputs

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from algorithms.base import Batch, create
 
@@ -19,6 +19,7 @@ def verify(
     settings: Mapping[str, Any],
     *,
     engine: str = "batched",
+    state: Mapping[str, Tensor] | None = None,
 ) -> float:
     """How far an engine's meta-gradient is from that of ``higher``.
 
@@ -32,6 +33,8 @@ def verify(
         settings: hyperparameters, as for :func:`algorithms.create`; an ``engine`` is ignored, and
             the reference does not checkpoint.
         engine: the one in question.
+        state: an :meth:`algorithms.Algorithm.state_dict` to ask at; None for where a training
+            begins.
 
     Returns:
         The relative error ``|g - h| / |h|`` over all meta-parameters. Agreement is about 1e-14;
@@ -48,6 +51,8 @@ def verify(
         if each == "higher" and here.get("checkpoint_inner"):
             here["checkpoint_inner"] = False
         algorithm = create(name, twin, **here)
+        if state is not None:
+            algorithm.load_state_dict(state)
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
             algorithm.meta_backward(batch)

@@ -200,7 +200,11 @@ def check_gradient(
     if algorithm.engine == "higher":
         return 0.0
     settings = hyperparameters(cell, source)
-    error = verify(cell.algorithm, algorithm.model, batch, settings, engine=algorithm.engine)
+    error = verify(
+        *(cell.algorithm, algorithm.model, batch, settings),
+        engine=algorithm.engine,
+        state=algorithm.state_dict(),
+    )
     if not error < GRADIENT_TOLERANCE:
         raise BenchError(
             f"{cell.algorithm}'s gradient by the {algorithm.engine} engine is {error:.1e} from "

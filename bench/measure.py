@@ -38,6 +38,8 @@ from datasets import EpisodeLoader, Source
 
 WARM_UP = 2
 REPEATS = 7
+PEAKS = 3
+"""Repeats whose peak memory is measured on a CPU, apart from their times."""
 EPISODES = 5
 """Evaluation episodes in one repeat."""
 STEP = "meta_step"
@@ -204,6 +206,10 @@ class Subject:
         self.eval_spec = replace(spec, shots=cell.shots)
         self.meter = meter_for(cell.device)
 
+    def threads(self) -> int:
+        """How many torch computes with here."""
+        return torch.get_num_threads()
+
     def once(self, phase: str, repeat: int) -> dict[str, Any]:
         """Do one repeat of a phase, and say what it took."""
         torch.manual_seed(repeat)
@@ -216,15 +222,18 @@ class Subject:
             calibrate(self.cell.device)
         return {"phase": phase, "repeat": repeat, **self.meter.stop()}
 
-    def peaks(self) -> dict[str, Any]:
-        """Peak bytes of each phase, of a repeat of its own on a CPU; empty on an accelerator, whose
-        allocator tells the peak of any repeat."""
+    def peaks(self, repeat: int) -> dict[str, Any]:
+        """On a CPU the peak bytes of each phase in a repeat: measured apart from its time for the
+        first :data:`PEAKS`, None for the others. Empty on an accelerator, whose allocator tells
+        the peak of any repeat."""
         if self.cell.device != "cpu":
             return {}
-        found = {}
+        found: dict[str, Any] = {}
         for phase in PHASES:
-            self.meter.give_back()
-            found[phase] = {"peak_bytes": self.once(phase, 0)["peak_bytes"]}
+            if repeat < PEAKS:
+                self.meter.give_back()
+            peak = self.once(phase, repeat)["peak_bytes"] if repeat < PEAKS else None
+            found[phase] = {"peak_bytes": peak}
         return found
 
     def growth(self) -> list[dict[str, Any]]:
@@ -277,13 +286,13 @@ def measure(
         peaks = []
         for subject, found in zip(subjects, rows, strict=True):
             found += _ask(subject, "growth")
-            peaks.append(_ask(subject, "peaks"))
+            peaks.append([_ask(subject, "peaks", repeat) for repeat in range(REPEATS)])
         for repeat in range(-WARM_UP, REPEATS):
             for subject, found, peak in zip(subjects, rows, peaks, strict=True):
                 for phase in PHASES:
                     row = _ask(subject, "once", phase, repeat + WARM_UP)
                     if repeat >= 0:
-                        found.append(row | {"repeat": repeat} | peak.get(phase, {}))
+                        found.append(row | {"repeat": repeat} | peak[repeat].get(phase, {}))
         for subject, found in zip(subjects, rows, strict=True):
             flops = {phase: _ask(subject, "flops", phase) for phase in PHASES}
             found[:] = [row | {"flops": flops.get(row["phase"])} for row in found]
@@ -342,7 +351,8 @@ class _Asked:
 def _subject(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_Asked]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, cell, root, plugin), daemon=True)
+    given = (theirs, cell, root, plugin, torch.get_num_threads())
+    process = context.Process(target=_serve, args=given, daemon=True)
     process.start()
     theirs.close()
     try:
@@ -354,8 +364,11 @@ def _subject(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_As
             process.kill()
 
 
-def _serve(connection: Connection, cell: Cell, root: Path | None, plugin: Path | None) -> None:
+def _serve(
+    connection: Connection, cell: Cell, root: Path | None, plugin: Path | None, threads: int
+) -> None:
     """Answer questions about one cell until the other side hangs up."""
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
     try:
         load_plugin(plugin)

@@ -29,7 +29,7 @@ from bench.progress import Display
 from bench.protocol import evaluate
 from bench.store import PERFORMANCE, Run, source_hash
 from bench.sweep import Cell, Sweep
-from bench.training import build, train, validation_interval
+from bench.training import build, train, validations
 from datasets import DatasetError
 
 WORKERS = ".workers"
@@ -413,8 +413,7 @@ def _estimate(cell: Cell, sources: Sources) -> float:
     step = subject.once(measure.STEP, 1)["seconds"]
     subject.once(measure.EVALUATION, 0)
     episode = subject.once(measure.EVALUATION, 1)["seconds"] / measure.EPISODES
-    validations = cell.iterations // validation_interval(cell)
-    episodes = cell.episodes + validations * cell.val_episodes
+    episodes = cell.episodes + validations(cell) * cell.val_episodes
     turns = measure.WARM_UP + measure.REPEATS
     measuring = turns * (step + measure.EPISODES * episode)
     return float(cell.iterations * step + episodes * episode + measuring)

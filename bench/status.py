@@ -28,7 +28,7 @@ from bench.making import STATE
 from bench.measure import EPISODES, REPEATS, WARM_UP
 from bench.store import CHECKPOINT, RECORD, TRAINED, Record, Run
 from bench.sweep import Cell, Sweep, names, read_sweep
-from bench.training import validation_interval
+from bench.training import validations
 from datasets import DatasetError
 
 COMPLETE, FAILED, RUNNING, STOPPED = 0, 1, 3, 4
@@ -301,7 +301,7 @@ def costs(record: Record) -> tuple[float, float, float] | None:
         episode = float(figures["eval_ms_per_episode"]) / 1e3
     except (KeyError, TypeError):
         return None
-    validated = cell.val_episodes * (cell.iterations // validation_interval(cell))
+    validated = cell.val_episodes * validations(cell)
     testing = episode * (cell.episodes + validated)
     return train, testing, (WARM_UP + REPEATS) * (step + EPISODES * episode)
 
@@ -348,10 +348,12 @@ def estimate(
     fresh = [r for r in done if ended[r.cell.id] > began and costs(r) is not None]
     if len(fresh) < FEWEST:
         return None, f"fewer than {FEWEST} cells were finished since the run was started"
-    spent = sum(sum(costs(record) or ()) for record in fresh)
-    pace = (max(ended[r.cell.id] for r in fresh) - began) / spent
-    if pace < 1 / (os.cpu_count() or 1):
+    took = max(ended[r.cell.id] for r in fresh) - began
+    seconds = {r.cell.id: sum(costs(r) or ()) for r in fresh}
+    if took < sum(seconds.values()) / (os.cpu_count() or 1):
         return None, "the files' times are not those of the run; was the folder copied?"
+    # A cell that went on from an earlier start has not cost all of that since this one.
+    pace = took / sum(min(cost, ended[id] - began) for id, cost in seconds.items())
     typical = {name: np.median(rows, axis=0) for name, rows in known.items()}
     work = sum(float(typical[kind(cell)].sum()) for cell in left)
     cells = {cell.id: cell for cell in left}

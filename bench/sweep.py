@@ -216,7 +216,12 @@ class Cell(Settings):
     @property
     def samples_per_step(self) -> int:
         """Labelled samples that a meta-step sees: support and query sets of its tasks."""
-        return self.meta_batch * self.ways * (self.train_shots + self.test_shots)
+        try:
+            regression = datasets.get(self.dataset).regression
+        except datasets.DatasetError:  # a stored cell of a plug-in that is not there
+            regression = False
+        ways = 1 if regression else self.ways
+        return self.meta_batch * ways * (self.train_shots + self.test_shots)
 
     @property
     def gradients_per_step(self) -> int:

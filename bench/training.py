@@ -259,6 +259,11 @@ def validation_interval(cell: Cell) -> int:
     return cell.val_every or max(1, cell.iterations // 4)
 
 
+def validations(cell: Cell) -> int:
+    """How many a training has, the one at its end among them."""
+    return -(-cell.iterations // validation_interval(cell))
+
+
 def meta_lr(cell: Cell, iteration: int) -> float:
     """The outer step size at an iteration (from 0) of the cell's schedule."""
     done = iteration / cell.iterations

@@ -32,6 +32,8 @@ class Dataset(ABC):
     summary: ClassVar[str]
     """One line for ``python -m bench list datasets``."""
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    regression: ClassVar[bool] = False
+    """Whether a task is of one function, whose points are the shots, and ways count for nothing."""
 
     def __init__(self, root: Path | str | None = None, download: bool = False) -> None:
         self.root = Path(root) if root else data_root()

@@ -87,6 +87,7 @@ class Sinusoid(Dataset):
     """The regression problem of the MAML paper; its episodes have ``shots`` points and one way."""
 
     summary = "sine waves of random amplitude and phase (regression)"
+    regression = True
 
     def load(self, split: str) -> SinusoidSource:
         return SinusoidSource()
@@ -97,6 +98,7 @@ class SinusoidOracle(Dataset):
     """The same episodes for the paper's oracle, whose inputs are x, amplitude and phase."""
 
     summary = "the same sine waves, amplitude and phase told as inputs (oracle)"
+    regression = True
 
     def load(self, split: str) -> OracleSource:
         return OracleSource()

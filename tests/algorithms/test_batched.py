@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import algorithms
 from algorithms import kernels, models, task_convolutions, task_normalisation
 from algorithms.normalisation import MODES
-from algorithms.task_convolutions import Convolution, FromPatches, Patches, Window
+from algorithms.task_convolutions import Convolution, FromPatches, Patches, Window, convolution
 from algorithms.task_normalisation import normalise
 from algorithms.verification import verify
 from tests.algorithms import derivation
@@ -527,3 +528,87 @@ def test_vmap_over_normalisation_is_still_wrong_upstream(norm: nn.Module) -> Non
         f"torch {torch.__version__} has this right (relative error {error:.0e}): vmap over "
         "normalisation layers has been fixed, and layers that exist to avoid it may go"
     )
+
+
+# What a compiled kernel would take on trust.
+
+
+@pytest.mark.parametrize("rectifier", [nn.LeakyReLU(0.3, inplace=True), nn.ReLU(inplace=True)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["anil", "maml"])
+def test_a_layer_that_writes_in_place_changes_nothing(
+    name: str, bias: bool, rectifier: nn.Module
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, bias=bias), rectifier, nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    batch = make_batch((1, 8, 8))
+    batched, higher = both(name, model, inner_steps=3)
+    assert_same_scores(batched.evaluate(batch), higher.evaluate(batch))
+    assert_same_scores(batched.meta_backward(batch), higher.meta_backward(batch))
+    assert_same_gradients(batched, higher)
+
+
+def test_images_smaller_than_the_kernel_are_left_to_the_reference_to_refuse() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 3)).double()
+    maml = algorithms.create("maml", model)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        maml.meta_backward(make_batch((1, 2, 2)))
+    assert "larger than images" in maml.engine_reason
+
+
+@pytest.mark.parametrize(
+    ("images", "kernels"),
+    [
+        (torch.ones(2, 3, 3, 3), torch.ones(2, 1, 1, 3, 3)),
+        (torch.ones(2, 1, 3, 3), torch.ones(2, 1, 3, 3, 3)),
+        (torch.ones(2, 1, 3, 3).double(), torch.ones(2, 1, 1, 3, 3)),
+        (torch.ones(3, 1, 3, 3), torch.ones(2, 1, 1, 3, 3)),
+        (torch.ones(2, 1, 2, 2), torch.ones(2, 1, 1, 3, 3)),
+    ],
+)
+def test_what_does_not_fit_is_not_convolved(images: Tensor, kernels: Tensor) -> None:
+    window = Window((3, 3), (1, 1), (1, 1), (0, 0), (0, 0))
+    with pytest.raises(ValueError, match=r"fit one another|images are|larger than"):
+        convolution(images, kernels, window)
+
+
+def test_no_images_have_no_outputs() -> None:
+    window = Window((3, 3), (1, 1), (1, 1), (0, 0), (0, 0))
+    assert convolution(torch.ones(0, 1, 5, 5), torch.ones(2, 4, 1, 3, 3), window).shape == (
+        0,
+        4,
+        3,
+        3,
+    )
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 1, 4), torch.ones(2, 1, 8).double()])
+def test_a_scale_that_does_not_fit_does_not_scale(weight: Tensor) -> None:
+    with pytest.raises(ValueError, match="scale and shift are"):
+        normalise(torch.randn(2, 4, 8), 1e-5, weight, None, relu=False)
+
+
+def test_what_overflows_in_normalisation_is_seen() -> None:
+    rows = torch.tensor([[[-1.0], [1.0]]])
+    weight = torch.full((1, 1, 1), torch.inf)
+    found = normalise(rows, 1e-5, weight, None, relu=False)
+    assert found.flatten().tolist() == [-torch.inf, torch.inf]
+    assert normalise(rows, 1e-5, weight, None, relu=True).flatten().tolist() == [0, torch.inf]
+
+
+def test_an_index_beyond_an_embedding_is_not_another_tasks_row() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3)).double()
+    maml = algorithms.create("maml", model, engine="batched")
+    inputs = torch.zeros(2, 3, 2, dtype=torch.int64)
+    targets = torch.arange(3).expand(2, 3)
+    inputs[0, 0, 0] = 5
+    with pytest.raises((IndexError, algorithms.AlgorithmError), match="index"):
+        maml.meta_backward({"train": (inputs, targets), "test": (inputs, targets)})
+
+
+def test_kernels_that_cannot_be_loaded_are_done_without(tmp_path: Path, monkeypatch) -> None:
+    broken = tmp_path / "cut-short.so"
+    broken.write_bytes(b"")
+    monkeypatch.setattr(kernels, "built", lambda name: broken)
+    assert kernels.missing().startswith(f"cannot load {broken}")

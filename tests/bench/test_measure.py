@@ -25,7 +25,9 @@ def test_every_repeat_of_every_cell_is_kept_and_counted_alike(cell: Cell) -> Non
             for phase in (measure.STEP, measure.EVALUATION, measure.CALIBRATION)
         }
         assert (found[["seconds", "process_seconds", "flops"]] > 0).all(axis=None)
-        assert found["peak_bytes"].ge(0).all()
+        peaks = found.groupby("phase")["peak_bytes"]
+        assert peaks.count().eq(measure.PEAKS).all()
+        assert peaks.min().ge(0).all()
         assert growth["inner_steps"].tolist() == list(measure.GROWTH_STEPS)
     assert first["session"].unique() == second["session"].unique()
     # Second order costs more arithmetic than first order, and evaluation the same.
@@ -35,6 +37,17 @@ def test_every_repeat_of_every_cell_is_kept_and_counted_alike(cell: Cell) -> Non
     headline = measure.headline(first)
     assert headline["step_gflops"] == pytest.approx(flops[0][measure.STEP] / 1e9)
     assert set(headline) >= {"step_ms", "eval_ms_per_episode", "peak_memory_bytes"}
+
+
+def test_the_processes_compute_with_as_many_threads_as_their_run(cell: Cell) -> None:
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            with measure._subject(cell, None, TINY) as subject:
+                assert measure._ask(subject, "threads") == count
+        finally:
+            torch.set_num_threads(threads)
 
 
 def test_memory_grows_with_inner_steps_that_are_differentiated_and_kept() -> None:

@@ -6,6 +6,7 @@ import pytest
 import tomli_w
 
 import algorithms
+import datasets
 from bench.errors import BenchError
 from bench.sweep import Cell, Sweep, names, read_sweep, stream_seed, tomllib
 
@@ -63,9 +64,10 @@ def test_training_shots_are_the_evaluations_unless_they_differ() -> None:
 
 
 def test_gradients_of_a_meta_step_are_counted_as_each_algorithm_takes_them() -> None:
-    names = "maml,protonet,nearest,scratch,imaml,finetune"
+    names = "maml,protonet,nearest,scratch,imaml,finetune,reptile"
     found = {c.algorithm: c.gradients_per_step for c in cells(algos=names, inner_steps="3")}
     expected = {"maml": 16, "protonet": 4, "nearest": 0, "scratch": 12, "imaml": 40, "finetune": 8}
+    expected["reptile"] = 12  # the query set only scores
     assert found == expected
 
 
@@ -168,6 +170,15 @@ def test_a_sweep_written_down_asks_for_the_same_cells() -> None:
     sweep = read_sweep(None, asked)
     again = Sweep(**tomllib.loads(tomli_w.dumps(sweep.model_dump(mode="json", exclude_none=True))))
     assert [c.id for c in again.cells()] == [c.id for c in sweep.cells()]
+
+
+def test_samples_of_a_meta_step_are_those_of_its_batch() -> None:
+    for dataset, ways in (("glyphs", 5), ("sinusoid", 5)):
+        (cell,) = cells(algos="maml", datasets=dataset, ways=ways, shots=2, test_shots=3)
+        source = datasets.get(dataset)().load("train")
+        batch = source.batch(cell.train_spec(0), range(cell.meta_batch))
+        held = sum(targets.shape[:2].numel() for _, targets in (batch["train"], batch["test"]))
+        assert cell.samples_per_step == held
 
 
 def test_gradients_of_a_meta_step_count_the_inner_steps_that_are_taken() -> None:
