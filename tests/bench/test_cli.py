@@ -367,7 +367,7 @@ def test_a_plugin_that_fails_is_named(bench, tmp_path: Path) -> None:
 
 
 def test_an_engine_whose_gradient_is_wrong_does_not_run(bench, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("bench.making.verify", lambda *arguments, engine: 1e-3)
+    monkeypatch.setattr("bench.making.verify", lambda *arguments, **given: 1e-3)
     status, _, err = bench("run", "--algos", "maml", *QUICK)
     assert status == 2
     assert "maml's gradient by the batched engine is 1.0e-03 from that by higher" in err
