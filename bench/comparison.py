@@ -105,9 +105,16 @@ class Result:
         return dict(zip(zip(*keys, strict=True), values, strict=True))
 
     @property
-    def episodes(self) -> tuple[str, int]:
-        """Which test episodes it met: results may be paired where these are equal."""
-        return self.record.figures["episode_address"], len(self.scores)
+    def episodes(self) -> tuple[str, int, str | None]:
+        """Which test episodes it met, by address, number and a hash of their data: results may be
+        paired where these are equal."""
+        figures = self.record.figures
+        return figures["episode_address"], len(self.scores), figures.get("test_data")
+
+    @property
+    def train_data(self) -> str | None:
+        """A hash of the data that it was trained on; None for what is not known, or computed."""
+        return self.record.figures.get("train_data")
 
     @property
     def metric(self) -> str:
@@ -220,15 +227,16 @@ class Entrant:
             | record.cell.hyperparameters
             | {name: getattr(record.cell, name) for name in COUNTS}
             | {"engine": record.figures.get("engine"), "source": record.source}
+            | {"train_data": self.any.train_data}
         )
 
 
 def entrants(results: Iterable[Result]) -> list[Entrant]:
     """Results put together that differ in nothing but the seed; of equal ones, the first stays."""
-    groups: dict[tuple[str, str], dict[int, Result]] = {}
+    groups: dict[tuple[Any, ...], dict[int, Result]] = {}
     for result in results:
         cell = result.cell
-        key = (cell.seedless_id, result.record.source)
+        key = (cell.seedless_id, result.record.source, result.train_data, result.episodes)
         groups.setdefault(key, {}).setdefault(cell.seed, result)
     return [Entrant(by_seed) for by_seed in groups.values()]
 
@@ -525,7 +533,9 @@ def _obstacle(a: Entrant, b: Entrant) -> str | None:
     """What keeps two entrants from being paired, episode by episode."""
     x, y = a.any, b.any
     if x.episodes != y.episodes:
-        met = [f"{count} of {address}" for address, count in (x.episodes, y.episodes)]
+        met = [f"{count} of {address}" for address, count, _ in (x.episodes, y.episodes)]
+        if met[0] == met[1]:
+            return "which were tested on other data of the same name"
         return f"which met other test episodes: {met[0]}, against {met[1]}"
     if x.cell.device != y.cell.device:
         return f"which ran on {x.cell.device} and {y.cell.device}"

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +44,30 @@ def environment(sweep: Sweep) -> dict[str, Any]:
         "seeds": sweep.seeds,
         "eval_seed": sweep.set.get("eval_seed", [0]),
         "deterministic": deterministic(bool(gpus)),
+    }
+
+
+def maker(device: str) -> dict[str, str | None]:
+    """What a cell's figures say of where it was made, which need not be where its run was started
+    last: ``commit``, ``processor`` and the version of ``torch``."""
+    cuda = device.startswith("cuda")
+    processor = torch.cuda.get_device_name(device) if cuda else cpu_name()
+    return {"commit": git_commit(), "processor": processor, "torch": torch.__version__}
+
+
+MAKER = ("commit", "processor", "threads", "torch")
+"""Figures of a cell that say where it was made."""
+
+
+def makers(figures: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Where cells were made, by their figures: the values that there are of each of
+    :data:`MAKER`, in words."""
+    known = list(figures)
+    if not known:
+        return {}
+    return {
+        name: ", ".join(dict.fromkeys(str(each.get(name, "unknown")) for each in known))
+        for name in MAKER
     }
 
 
@@ -83,8 +109,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def git_commit() -> str | None:
-    """The commit of this checkout, with ``+`` where it has changes; None outside one."""
+    """The commit of this checkout when a process first asks, with ``+`` where it has changes; None
+    outside one."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).resolve().parent), *words]

@@ -15,12 +15,13 @@ from algorithms import Algorithm
 from algorithms.verification import verify
 from bench import stats
 from bench.distributed import ALONE, Team
+from bench.environment import maker
 from bench.errors import BenchError
 from bench.files import write_table
 from bench.protocol import after_last_step, evaluate
 from bench.store import CHECKPOINT, SCORES, TRAINING
 from bench.sweep import Cell
-from bench.training import Progress, build, hyperparameters, train, write_tensors
+from bench.training import Progress, build, hyperparameters, train, train_data, write_tensors
 from datasets import Source
 
 GRADIENT_TOLERANCE = 1e-8
@@ -84,6 +85,17 @@ class Sources:
         if source is None:
             raise BenchError(f"{dataset} has no {split} split")
         return source
+
+    def data(self, cell: Cell) -> dict[str, str]:
+        """What a cell's figures say of its data: ``train_data`` and ``test_data``, hashes of what
+        it is trained (and validated) and tested on; neither, where samples are computed from their
+        address."""
+        train, val, test = (self.get(cell.dataset, split, "cpu") for split in _splits(cell))
+        found = {
+            "train_data": train and train_data(train, val),
+            "test_data": test and test.digest,
+        }
+        return {name: digest for name, digest in found.items() if digest}
 
     def of(self, cells: Iterable[Cell]) -> dict[tuple[str, str], Source]:
         """The splits that cells need, on the CPU, by dataset and split."""
@@ -158,6 +170,8 @@ def train_and_evaluate(
         "threads": torch.get_num_threads(),
         "engine": algorithm.engine,
         "episode_address": cell.test_spec.address,
+        **sources.data(cell),
+        **maker(cell.device),
         "sample_reuse": test.reuse(cell.test_spec, cell.episodes),
         **_over_classes(values, test.classes_of(cell.test_spec, cell.episodes)),
     }

@@ -38,7 +38,12 @@ NUMBERS = frozenset(
     )
 )
 """Figures of a cell that are numbers wherever they are known."""
-WORDS = frozenset(("metric", "engine", "episode_address", "source", "status", "cell_id"))
+WORDS = frozenset(
+    (
+        *("metric", "engine", "episode_address", "train_data", "test_data"),
+        *("commit", "processor", "torch", "source", "status", "cell_id"),
+    )
+)
 OURS = frozenset(
     (
         *("key", "label", "entry", "seeds", "failed", "merit", "low", "high", "over"),

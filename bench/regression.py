@@ -175,7 +175,7 @@ def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 1
     if not pairs:
         raise BenchError(
             f"no cell of {folder} has a counterpart in {baseline}: the same algorithm, dataset, "
-            "ways, shots, seed, device and test episodes"
+            "ways, shots, seed, device and test episodes, of the same data"
         )
     notes = damage_notes(folder, damaged) + damage_notes(baseline, damaged_before)
     findings: list[Finding] = []
@@ -238,7 +238,7 @@ def _place(result: Result) -> tuple[Any, ...]:
 
 
 def _described(result: Result) -> str:
-    address, count = result.episodes
+    address, count, _ = result.episodes
     return f"{result.cell}, {count} episodes of {address}"
 
 

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 
 from bench import findings, paper, plots, tables
 from bench.comparison import Comparison, Row, compared
+from bench.environment import makers
 from bench.errors import BenchError
 from bench.failures import lost, scoreless
 from bench.files import write_text
@@ -225,6 +226,7 @@ def page(folder: Path, found: Tables, comparison: Comparison | None, notes: Sequ
         command=reproduction(sweep) if sweep else "",
         code=shlex.join(["--plugin", str(sweep.plugin)]) if sweep and sweep.plugin else "",
         asked=(folder / "sweep.toml").read_text(encoding="utf-8") if sweep else "",
+        made=makers(result.record.figures for result in found.results),
         environment=_environment(folder / "environment.json"),
         settings=_settings(found.leaderboard),
     )

@@ -23,6 +23,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bench import stats
+from bench.environment import makers
 from bench.errors import BenchError
 from bench.files import write_text
 from bench.measure import STEP
@@ -45,9 +46,6 @@ KINDS = {
     "none": "",
 }
 """Kinds of the intervals in ``published.csv``, and how each is named beside a figure."""
-
-ENVIRONMENT = ("commit", "cpu", "cores", "threads", "gpus", "python", "packages")
-"""What is kept of a run's environment."""
 
 
 class Recipe(BaseModel):
@@ -359,7 +357,6 @@ class Outcome:
     def reference(self) -> dict[str, Any]:
         """What is kept of it: figures, seeds, and the commit and machine that made them."""
         ours, first = self.ours, self.records[0]
-        made = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))
         return {
             "recipe": self.recipe.name,
             "scale": self.scale,
@@ -378,7 +375,7 @@ class Outcome:
             "train_core_hours": self.core_hours(),
             "device": first.cell.device,
             "source": first.source,
-            "environment": {name: made[name] for name in ENVIRONMENT},
+            "environment": makers(record.figures for record in self.records),
         }
 
 

@@ -27,7 +27,7 @@ from bench.files import write_table
 from bench.making import Sources, check_gradient, train_and_evaluate
 from bench.progress import Display
 from bench.protocol import evaluate
-from bench.store import PERFORMANCE, Run, source_hash
+from bench.store import PERFORMANCE, Record, Run, source_hash
 from bench.sweep import Cell, Sweep
 from bench.training import build, train, validations
 from datasets import DatasetError
@@ -105,6 +105,27 @@ def _computed(cell: Cell) -> tuple[Any, ...]:
     return (cell.algorithm, cell.dataset, cell.ways, cell.shots, cell.model, str(own))
 
 
+def check_data(
+    records: Sequence[Record], cells: Sequence[Cell], sources: Sources, folder: Path
+) -> None:
+    """Refuse to put cells beside such as were made from other data under the same name.
+
+    Raises:
+        BenchError: a folder that holds such cells.
+    """
+    asked = {cell.dataset for cell in cells}
+    for record in (record for record in records if record.cell.dataset in asked):
+        try:
+            now = sources.data(record.cell)
+        except DatasetError:  # not there: what has to be made says so
+            continue
+        if any(record.figures.get(name, digest) != digest for name, digest in now.items()):
+            raise BenchError(
+                f"{folder} holds cells made from other data than {record.cell.dataset}'s of now "
+                f"({record.cell}); give another --out"
+            )
+
+
 def check_device(name: str) -> None:
     """Raise :class:`BenchError` for a device that is not there."""
     if not is_here(name):
@@ -154,15 +175,17 @@ def run(
         The run's summary.
 
     Raises:
-        BenchError: a folder that cannot be used, or that holds cells of other source.
+        BenchError: a folder that cannot be used, or that holds cells of other source or data.
     """
     store = Run(folder)
     source = source_hash(sweep.plugin)
-    if not accept_changed_code and any(r.source != source for r in store.records()):
+    records = store.records()
+    if not accept_changed_code and any(record.source != source for record in records):
         raise BenchError(
             f"{folder} holds cells made by different source code; give another --out, or "
             "--accept-changed-code to put old and new side by side"
         )
+    check_data(records, cells, sources, folder)
     if threads is not None and crew is None:
         torch.set_num_threads(threads)
     with store.start(sweep), interruptible() as interrupted:
@@ -208,6 +231,10 @@ class _Work:
         self.store.fail(cell, failure.reason, failure.diverged_at)
         self.display.failed(cell, failure.line)
 
+    def trained_before(self, cell: Cell) -> dict[str, Any] | None:
+        """The figures of a cell that has only to be measured."""
+        return self.store.trained(cell, self.source, self.sources.data(cell))
+
     def trained(self, cell: Cell, figures: dict[str, Any]) -> dict[str, Any]:
         """Note that a cell has only to be measured."""
         self.store.note_trained(cell, self.source, figures)
@@ -247,7 +274,7 @@ def _run_group(cells: list[Cell], work: _Work) -> None:
 
 def _train_here(cell: Cell, work: _Work) -> dict[str, Any]:
     """Train and evaluate a cell in this process, unless it has only to be measured."""
-    before = work.store.trained(cell, work.source)
+    before = work.trained_before(cell)
     if before is not None:
         return before
     figures = train_and_evaluate(
@@ -269,7 +296,7 @@ def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
     trained: dict[str, dict[str, Any]] = {}
     jobs: list[Job] = []
     for cell in (cell for group in groups for cell in group):
-        before = work.store.trained(cell, work.source)
+        before = work.trained_before(cell)
         if before is None:
             place = work.store.workplace(cell)
             jobs.append(Job(cell, place, work.source, work.sweep.verify_gradients))

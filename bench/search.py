@@ -27,7 +27,7 @@ from bench.making import Sources, check_gradient
 from bench.runner import check_device, interruptible
 from bench.store import source_hash, to_json
 from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
-from bench.training import Progress, build, train
+from bench.training import Progress, build, train, train_data
 
 try:
     import optuna
@@ -97,6 +97,7 @@ class Search:
         cells: by algorithm, the cell with everything that is not searched.
         spaces: by algorithm, the distributions of what is.
         higher: whether a higher score is the better one.
+        data: a hash of what is trained and validated on, None for what is computed.
     """
 
     sweep: Sweep
@@ -104,6 +105,7 @@ class Search:
     cells: dict[str, Cell]
     spaces: dict[str, Space]
     higher: bool
+    data: str | None
 
     def cell(self, algorithm: str, parameters: dict[str, Any]) -> Cell:
         """The cell of some values of the space."""
@@ -121,7 +123,8 @@ class Search:
     def asked(self) -> str:
         """What decides every trial, as TOML."""
         sweep = self.sweep.model_dump(mode="json", exclude_none=True)
-        return tomli_w.dumps({"space": self.text, **sweep})
+        of = {"data": self.data} if self.data else {}
+        return tomli_w.dumps({"space": self.text, **of, **sweep})
 
     @property
     def default_folder(self) -> Path:
@@ -163,13 +166,15 @@ def prepare(sweep: Sweep, space: str, sources: Sources) -> Search:
         }
         if not spaces[algorithm]:
             raise BenchError(f"{algorithm} has nothing of the space {space!r}")
-    training = sources.require(next(iter(cells.values())).dataset, "train", "cpu")
-    search = Search(sweep, space, cells, spaces, higher=training.outputs is None)
+    dataset = next(iter(cells.values())).dataset
+    training = sources.require(dataset, "train", "cpu")
+    validation = sources.get(dataset, "val", "cpu")
+    if validation is None:
+        raise BenchError(f"{dataset} has no validation split for a search to decide by")
+    higher, data = training.outputs is None, train_data(training, validation)
+    search = Search(sweep, space, cells, spaces, higher, data)
     for algorithm, cell in cells.items():
         check_device(cell.device)
-        validation = sources.get(cell.dataset, "val", "cpu")
-        if validation is None:
-            raise BenchError(f"{cell.dataset} has no validation split for a search to decide by")
         training.check(cell.train_spec(0))
         validation.check(cell.val_spec)
         for place in (0, -1):

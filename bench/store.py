@@ -31,7 +31,7 @@ import tomli_w
 
 import algorithms
 import datasets
-from bench.environment import environment
+from bench.environment import MAKER, environment
 from bench.errors import BenchError, DamagedError
 from bench.files import make_folder, storing, sync, write_table, write_text
 from bench.reading import cell_of, failures_of, figures_of, read_columns, read_json, word_of
@@ -74,6 +74,9 @@ SUMMARY_COLUMNS = (
         "gradient_error",
         "sample_reuse",
         "diverged_at",
+        "train_data",
+        "test_data",
+        *MAKER,
     ),
 )
 
@@ -145,16 +148,17 @@ class Run:
         contents = {"source": source, "figures": figures}
         write_text(workplace / TRAINED, to_json(_sealed(contents, workplace)))
 
-    def trained(self, cell: Cell, source: str) -> dict[str, Any] | None:
-        """What :meth:`note_trained` noted; None where it did not, or not of this source, or where
-        a file has changed since."""
+    def trained(self, cell: Cell, source: str, data: dict[str, str]) -> dict[str, Any] | None:
+        """What :meth:`note_trained` noted; None where it did not, or not of this source and these
+        data, or where a file has changed since."""
         try:
             noted = _opened(self.workplace(cell), TRAINED)
             _verify(self.workplace(cell), noted)
         except (OSError, ValueError):
             return None
         figures: dict[str, Any] = noted["figures"]
-        return figures if noted["source"] == source else None
+        same = noted["source"] == source and data.items() <= figures.items()
+        return figures if same else None
 
     def complete(self, cell: Cell, source: str, figures: dict[str, Any]) -> Record:
         """Make the cell in its workplace one of the run's results."""

@@ -97,7 +97,8 @@ def train(
         val_source: the validation split, which picks the parameters that are kept; without one
             they are the last. The test split is nowhere in here.
         checkpoint: written now and then, and when interrupted; a process that follows has none.
-        source: a hash of the code; a checkpoint made by other code is not gone on from.
+        source: a hash of the code; a checkpoint made by other code, or of other data, is not gone
+            on from.
         report: is told of each iteration.
         interrupted: asked after each iteration; True ends in ``KeyboardInterrupt``.
         team: the processes that train together, each of which calls this; the leader's checkpoint
@@ -109,7 +110,10 @@ def train(
     Raises:
         DivergedError: a loss, in training or validation, that is not finite.
     """
-    run = _Training(cell, build(cell, train_source), source, team)
+    notes = {"cell": cell.id, "source": source}
+    if checkpoint is not None and (data := train_data(train_source, val_source)):
+        notes["data"] = data
+    run = _Training(cell, build(cell, train_source), notes, team)
     if checkpoint is not None:
         run.restore(checkpoint)
     if team.size > 1:
@@ -154,10 +158,10 @@ def _seed(seed: int, device: str) -> None:
 class _Training:
     """The state of a training: all that a checkpoint holds."""
 
-    def __init__(self, cell: Cell, algorithm: Algorithm, source: str, team: Team) -> None:
+    def __init__(self, cell: Cell, algorithm: Algorithm, notes: dict[str, str], team: Team) -> None:
         self.cell = cell
         self.team = team
-        self.source = source
+        self.notes = notes
         self.algorithm = algorithm
         self.log = Log()
         self.best: State = {}
@@ -211,7 +215,7 @@ class _Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
-        write_tensors(self.tensors(), path, cell=self.cell.id, source=self.source)
+        write_tensors(self.tensors(), path, **self.notes)
 
     def tensors(self) -> State:
         """All of the state, on the CPU."""
@@ -230,7 +234,7 @@ class _Training:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint; one that cannot be read counts as none."""
         try:
-            tensors = read_tensors(path, cell=self.cell.id, source=self.source)
+            tensors = read_tensors(path, **self.notes)
         except (OSError, ValueError):
             return
         self.load(tensors)
@@ -252,6 +256,13 @@ class _Training:
         log: dict[str, Any] = {name: value.tolist() for name, value in parts["log"].items()}
         log["val_iteration"] = [int(i) for i in log["val_iteration"]]
         self.log = Log(**log)
+
+
+def train_data(train_source: Source, val_source: Source | None) -> str | None:
+    """A hash of the data of a training, its validation included; None where there are none, but
+    samples computed from their address."""
+    found = [source.digest for source in (train_source, val_source) if source is not None]
+    return "-".join(filter(None, found)) or None
 
 
 def validation_interval(cell: Cell) -> int:

@@ -17,6 +17,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +123,12 @@ class Source(ABC):
     def check(self, spec: EpisodeSpec) -> None:
         """Raise :class:`DatasetError` if this split cannot fill such an episode."""
 
+    @property
+    def digest(self) -> str | None:
+        """A hash of the data, which tells them from others of the same name; None where an address
+        alone decides an episode."""
+        return None
+
     def episodes(self, spec: EpisodeSpec) -> int | None:
         """How many episodes the stream has; None for one without end."""
         return None
@@ -178,6 +185,10 @@ class ClassSource(Source):
         object.__setattr__(self, "_counts", counts)
         object.__setattr__(self, "_starts", np.cumsum(counts) - counts)
         object.__setattr__(self, "_arranged", {})
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.samples, torch.tensor(self.counts))
 
     def check(self, spec: EpisodeSpec) -> None:
         where = f"{spec.dataset} has in its {spec.split} split"
@@ -274,6 +285,15 @@ class ClassSource(Source):
 
     def to(self, device: torch.device | str) -> ClassSource:
         return ClassSource(self.samples.to(device), self.counts, self.classes)
+
+
+def digest_of(*tensors: Tensor) -> str:
+    """A hash of tensors: of their shapes and all of their values."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        found.update(tensor.cpu().contiguous().numpy().data)
+    return found.hexdigest()[:16]
 
 
 def first_ranks(words: Words, count: int) -> npt.NDArray[np.int64]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from datasets.episodes import Batch, DatasetError, EpisodeSpec, Source
+from datasets.episodes import Batch, DatasetError, EpisodeSpec, Source, digest_of
 
 RUNS = 20
 WAYS = 20
@@ -34,6 +35,10 @@ class Runs(Source):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sample_shape", tuple(self.support.shape[2:]))
+
+    @cached_property
+    def digest(self) -> str:
+        return digest_of(self.support, self.query, self.labels)
 
     def check(self, spec: EpisodeSpec) -> None:
         if (spec.ways, spec.shots, spec.test_shots) != (self.support.shape[1], 1, 1):

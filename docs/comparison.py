@@ -7,7 +7,6 @@ on), compares every pair, and keeps the tables in results/comparison/NAME. Then
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from bench import comparison, tables
+from bench.environment import makers
 from bench.files import write_text
 from bench.measure import EPISODES, EVALUATION, STEP
-from bench.reproduction import ENVIRONMENT
 from bench.store import PERFORMANCE, Run, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,12 +44,11 @@ def processor_ms(run: Run) -> pd.DataFrame:
 def keep(run: Run, folder: Path) -> list[Path]:
     """Put a run's tables, and on what they were made, into a folder."""
     board = tables.read(run).leaderboard.merge(processor_ms(run).reset_index(), on="algorithm")
-    made = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
     files = {
         "leaderboard.csv": board.to_csv(index=False),
         "summary.csv": run.summary().to_csv(index=False),
         "comparison.csv": comparison.compare([run.folder]).table.to_csv(index=False),
-        "environment.json": to_json({name: made[name] for name in ENVIRONMENT}),
+        "environment.json": to_json(makers(record.figures for record in run.records())),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -45,7 +45,9 @@ def costs(step: float = 0.1, peak: float = 1e8, session: str = "s") -> pd.DataFr
     return pd.DataFrame(rows, columns=columns)
 
 
-def put(folder: Path, cell: Cell, scores, performance=None, source="s", metric="accuracy") -> None:
+def put(
+    folder: Path, cell: Cell, scores, performance=None, source="s", metric="accuracy", data=None
+) -> None:
     """Write a complete cell with these scores, as a run writes it."""
     run = Run(folder)
     run.cells.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,7 @@ def put(folder: Path, cell: Cell, scores, performance=None, source="s", metric="
         performance.to_parquet(workplace / PERFORMANCE)
     address = cell.test_spec.address
     figures = {"metric": metric, "episode_address": address, "engine": "batched"}
+    figures |= data or {}
     run.complete(cell, source, figures)
 
 

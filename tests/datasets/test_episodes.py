@@ -63,6 +63,22 @@ def task(batch: Batch, index: int) -> Batch:
     return {half: (x[index : index + 1], y[index : index + 1]) for half, (x, y) in batch.items()}
 
 
+def test_a_digest_tells_data_apart_and_nothing_else() -> None:
+    known = source().digest
+    assert source().to("cpu").digest == known
+    named = ClassSource(source().samples, COUNTS, [f"other {i}" for i in range(len(COUNTS))])
+    assert named.digest == known
+    changed = source().samples.clone()
+    changed[-1, -1] += 1
+    moved = (COUNTS[0] + 1, COUNTS[1] - 1, *COUNTS[2:])
+    shaped = source().samples.reshape(-1, 2, 1)
+    others = [
+        ClassSource(samples, counts, named.classes).digest
+        for samples, counts in ((changed, COUNTS), (named.samples, moved), (shaped, COUNTS))
+    ]
+    assert len({known, *others}) == 4
+
+
 shapes = st.fixed_dictionaries(
     {
         "ways": st.integers(1, len(COUNTS)),
