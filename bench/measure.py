@@ -228,12 +228,10 @@ class Subject:
         the peak of any repeat."""
         if self.cell.device != "cpu":
             return {}
-        found: dict[str, Any] = {}
-        for phase in PHASES:
-            if repeat < PEAKS:
-                self.meter.give_back()
-            peak = self.once(phase, repeat)["peak_bytes"] if repeat < PEAKS else None
-            found[phase] = {"peak_bytes": peak}
+        found: dict[str, Any] = {phase: {"peak_bytes": None} for phase in PHASES}
+        for phase in PHASES if repeat < PEAKS else ():
+            self.meter.give_back()
+            found[phase]["peak_bytes"] = self.once(phase, repeat)["peak_bytes"]
         return found
 
     def growth(self) -> list[dict[str, Any]]:

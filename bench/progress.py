@@ -216,7 +216,7 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
     )
     table.add_column("algorithm", no_wrap=True)
     table.add_column("episodes of", no_wrap=True)
-    for head in (*varying, "score", "meta-step_ms", "episode_ms", "memory_MiB"):
+    for head in (*varying, "score", "meta-step_ms", "episode_ms", "peak_MiB"):
         fixed = not head.endswith("_ms")  # a spread may stand below its median
         table.add_column(head.replace("_", "\n"), justify="right", no_wrap=fixed)
     for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():

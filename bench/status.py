@@ -334,26 +334,27 @@ def estimate(
     if left is None:
         return None, "the sweep is of a plug-in, which status does not run; --plugin FILE does"
     known: dict[str, list[tuple[float, float, float]]] = {}
+    seconds: dict[str, float] = {}
     for record in done:
         if (cost := costs(record)) is not None:
             known.setdefault(kind(record.cell), []).append(cost)
+            seconds[record.cell.id] = sum(cost)
     strange = sum(kind(cell) not in known for cell in left)
     if strange:
         return None, f"no finished cell is like {strange} of those to come"
     try:
         began = (run.folder / "environment.json").stat().st_mtime
-        ended = {r.cell.id: (run.cells / r.cell.id / RECORD).stat().st_mtime for r in done}
+        took = {id: (run.cells / id / RECORD).stat().st_mtime - began for id in seconds}
     except OSError:
         return None, "it cannot be told when the run was started"
-    fresh = [r for r in done if ended[r.cell.id] > began and costs(r) is not None]
+    fresh = {id: seconds[id] for id, since in took.items() if since > 0}
     if len(fresh) < FEWEST:
         return None, f"fewer than {FEWEST} cells were finished since the run was started"
-    took = max(ended[r.cell.id] for r in fresh) - began
-    seconds = {r.cell.id: sum(costs(r) or ()) for r in fresh}
-    if took < sum(seconds.values()) / (os.cpu_count() or 1):
+    passed = max(took[id] for id in fresh)
+    if passed < sum(fresh.values()) / (os.cpu_count() or 1):
         return None, "the files' times are not those of the run; was the folder copied?"
     # A cell that went on from an earlier start has not cost all of that since this one.
-    pace = took / sum(min(cost, ended[id] - began) for id, cost in seconds.items())
+    pace = passed / sum(min(cost, took[id]) for id, cost in fresh.items())
     typical = {name: np.median(rows, axis=0) for name, rows in known.items()}
     work = sum(float(typical[kind(cell)].sum()) for cell in left)
     cells = {cell.id: cell for cell in left}

@@ -316,7 +316,7 @@ def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:
     over_episodes = _half_width(np.mean([one.scores[:, -1] for one in group], axis=0), "episodes")
     half = over_episodes if math.isnan(over_seeds) else over_seeds
     return {
-        **_medians([one.record.row() | {"seed": None} for one in group]),
+        **_medians([one.record.row() for one in group]),
         **_settings(first.cell),
         "engine": first.figures.get("engine", first.cell.hyperparameters.get("engine")),
         "source": first.source,
@@ -332,9 +332,9 @@ def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:
 
 
 def _medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The median of each number that rows have, over those that have it."""
+    """The median of each number that rows have, but the seed, over those that have it."""
     found = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
+    for name in dict.fromkeys(name for row in rows for name in row if name != "seed"):
         values = [row[name] for row in rows if row.get(name) is not None]
         if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
             found[name] = float(median(values))
