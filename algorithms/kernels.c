@@ -9,6 +9,7 @@
  * transposes. */
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -94,20 +95,29 @@ static int64_t samples_of_block(const Geometry *s) {
     return samples < 1 ? 1 : samples < s->samples ? samples : s->samples;
 }
 
-/* Memory for a block of patches, and for a kernel beside it. It stays with its thread: to get it anew
- * from the system costs more than to fill it. NULL where there is none. */
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+static pthread_key_t scratch;
+
+static void make_scratch(void) { pthread_key_create(&scratch, free); }
+
+/* Memory for a block of patches, and for a kernel beside it, after a line that says how much it is.
+ * It stays with its thread, and ends with it: to get it anew from the system costs more than to fill
+ * it. NULL where there is none. */
 static REAL *scratch_memory(const Geometry *s) {
-    static _Thread_local REAL *memory;
-    static _Thread_local size_t held;
     const int64_t patch = s->kernel_height * s->kernel_width * s->channels;
     const int64_t elements = (samples_of_block(s) * s->rows * s->columns + s->filters) * patch;
-    const size_t bytes = (elements * sizeof(REAL) + 63) / 64 * 64;
-    if (bytes > held) {
-        free(memory);
-        memory = aligned_alloc(64, bytes);
-        held = memory ? bytes : 0;
+    const size_t line = 64, bytes = line + (elements * sizeof(REAL) + line - 1) / line * line;
+    pthread_once(&scratch_once, make_scratch);
+    size_t *held = pthread_getspecific(scratch);
+    if (held == NULL || *held < bytes) {
+        free(held);
+        held = aligned_alloc(line, bytes);
+        pthread_setspecific(scratch, held);
+        if (held == NULL)
+            return NULL;
+        *held = bytes;
     }
-    return memory;
+    return (REAL *)((char *)held + line);
 }
 
 enum { FORWARD, TO_IMAGES, TO_KERNELS };

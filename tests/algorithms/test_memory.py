@@ -1,13 +1,14 @@
 """Nothing of a task outlives it."""
 
 import gc
+import threading
 
 import psutil
 import pytest
 import torch
 
 import algorithms
-from algorithms import models
+from algorithms import kernels, models
 from tests.algorithms import derivation
 
 
@@ -75,3 +76,21 @@ def saved_bytes(steps: int) -> int:
 def test_memory_grows_linearly_in_inner_steps() -> None:
     one, four, seven = (saved_bytes(steps) for steps in (2, 5, 8))
     assert seven - four == pytest.approx(four - one, rel=0.05)
+
+
+@pytest.mark.skipif(bool(kernels.missing()), reason="the compiled kernels are not here")
+def test_what_a_thread_computed_with_ends_with_it() -> None:
+    model = models.build("conv4", (1, 28, 28), 5, seed=0)
+    maml = algorithms.create("maml", model, inner_steps=1, engine="batched")
+    images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).expand(2, -1)
+    batch = {"train": (images, labels), "test": (images, labels)}
+
+    def resident(threads: int) -> int:
+        for _ in range(threads):
+            one = threading.Thread(target=maml.evaluate, args=(batch, 1))
+            one.start()
+            one.join()
+        return psutil.Process().memory_info().rss
+
+    settled = resident(10)
+    assert resident(100) - settled < 20 * 2**20  # each has a MiB to give back
