@@ -574,6 +574,10 @@ def test_friedman_says_when_blocks_are_few_and_survives_ties():
 def test_interquartile_mean_drops_a_quarter_at_either_end():
     assert rankings.interquartile_mean([[8, 1, 6, 3], [5, 4, 1000, 2]]) == 4.5
     assert rankings.interquartile_mean([[1, 2, 30]]) == 11  # a quarter of three is none
+    for size in range(1, 12):
+        scores = np.random.default_rng(size).normal(size=(2, size))
+        trimmed = scipy_stats.trim_mean(scores, 0.25, axis=None)
+        assert rankings.interquartile_mean(scores) == pytest.approx(trimmed)
 
 
 def test_probability_of_improvement_is_mann_whitneys_with_ties_half():
