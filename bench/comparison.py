@@ -105,16 +105,15 @@ class Result:
         return dict(zip(zip(*keys, strict=True), values, strict=True))
 
     @property
-    def episodes(self) -> tuple[str, int, str | None]:
-        """Which test episodes it met, by address, number and a hash of their data: results may be
-        paired where these are equal."""
-        figures = self.record.figures
-        return figures["episode_address"], len(self.scores), figures.get("test_data")
+    def episodes(self) -> tuple[str, int]:
+        """Which test episodes it met: results may be paired where these are equal, unless they are
+        known to be of other data (:func:`of_other_data`)."""
+        return self.record.figures["episode_address"], len(self.scores)
 
     @property
-    def train_data(self) -> str | None:
-        """A hash of the data that it was trained on; None for what is not known, or computed."""
-        return self.record.figures.get("train_data")
+    def data(self) -> dict[str, str | None]:
+        """Hashes of what it was trained and tested on; None for what is not known, or computed."""
+        return {name: self.record.figures.get(name) for name in ("train_data", "test_data")}
 
     @property
     def metric(self) -> str:
@@ -130,6 +129,12 @@ class Result:
     def higher_is_better(self) -> bool:
         """True of an accuracy, False of an error."""
         return self.metric == "accuracy"
+
+
+def of_other_data(a: Result, b: Result) -> bool:
+    """Whether test episodes of one address are known to be of other data."""
+    x, y = a.data["test_data"], b.data["test_data"]
+    return x is not None and y is not None and x != y
 
 
 def read(folder: Path) -> tuple[list[Result], list[str]]:
@@ -227,7 +232,7 @@ class Entrant:
             | record.cell.hyperparameters
             | {name: getattr(record.cell, name) for name in COUNTS}
             | {"engine": record.figures.get("engine"), "source": record.source}
-            | {"train_data": self.any.train_data}
+            | {name: digest for name, digest in self.any.data.items() if digest}
         )
 
 
@@ -236,7 +241,7 @@ def entrants(results: Iterable[Result]) -> list[Entrant]:
     groups: dict[tuple[Any, ...], dict[int, Result]] = {}
     for result in results:
         cell = result.cell
-        key = (cell.seedless_id, result.record.source, result.train_data, result.episodes)
+        key = (cell.seedless_id, result.record.source, *result.data.values())
         groups.setdefault(key, {}).setdefault(cell.seed, result)
     return [Entrant(by_seed) for by_seed in groups.values()]
 
@@ -533,10 +538,10 @@ def _obstacle(a: Entrant, b: Entrant) -> str | None:
     """What keeps two entrants from being paired, episode by episode."""
     x, y = a.any, b.any
     if x.episodes != y.episodes:
-        met = [f"{count} of {address}" for address, count, _ in (x.episodes, y.episodes)]
-        if met[0] == met[1]:
-            return "which were tested on other data of the same name"
+        met = [f"{count} of {address}" for address, count in (x.episodes, y.episodes)]
         return f"which met other test episodes: {met[0]}, against {met[1]}"
+    if of_other_data(x, y):
+        return "which were tested on other data of the same name"
     if x.cell.device != y.cell.device:
         return f"which ran on {x.cell.device} and {y.cell.device}"
     if not a.by_seed.keys() & b.by_seed.keys():
@@ -646,7 +651,7 @@ def blocks(field: Sequence[Entrant], names: dict[Entrant, str]) -> list[Block]:
     """The scores of each setting: a place, and the test episodes that were met there."""
     members: dict[tuple[Any, ...], dict[str, Entrant]] = {}
     for entrant in field:
-        key = (entrant.place, entrant.any.episodes)
+        key = (entrant.place, entrant.any.episodes, entrant.any.data["test_data"])
         members.setdefault(key, {}).setdefault(names[entrant], entrant)
     return [_block(block) for block in members.values()]
 

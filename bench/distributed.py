@@ -63,6 +63,10 @@ class Team:
         """What the leader says, to all."""
         return value
 
+    def agrees(self, said: str) -> bool:
+        """Whether all processes say the same; all get the same answer."""
+        return True
+
     def dismiss(self) -> None:
         """The leader has no more work."""
 
@@ -96,6 +100,11 @@ class Workers(Team):
         said = [value]
         dist.broadcast_object_list(said, src=0)
         return said[0]
+
+    def agrees(self, said: str) -> bool:
+        heard: list[Any] = [None] * self.size
+        dist.all_gather_object(heard, said)
+        return len(set(heard)) == 1
 
     def dismiss(self) -> None:
         self.told(None)

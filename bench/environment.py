@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from algorithms import kernels
+from bench.errors import printable
 from bench.sweep import Sweep
 
 PACKAGES = ("torch", "higher", "numpy", "pandas", "scipy", "seaborn", "fewshot-bench")
@@ -47,26 +48,27 @@ def environment(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def maker(device: str) -> dict[str, str | None]:
-    """What a cell's figures say of where it was made, which need not be where its run was started
-    last: ``commit``, ``processor`` and the version of ``torch``."""
+MAKER = ("commit", "processor", "threads", "torch")
+"""Figures of a cell that say by what it was trained and tested, which need not be where its run
+was started last, nor where it was measured."""
+
+
+def maker(device: str) -> dict[str, str]:
+    """Those of :data:`MAKER` that the process tells which makes a cell: ``processor`` and the
+    version of ``torch``."""
     cuda = device.startswith("cuda")
     processor = torch.cuda.get_device_name(device) if cuda else cpu_name()
-    return {"commit": git_commit(), "processor": processor, "torch": torch.__version__}
-
-
-MAKER = ("commit", "processor", "threads", "torch")
-"""Figures of a cell that say where it was made."""
+    return {"processor": printable(processor), "torch": torch.__version__}
 
 
 def makers(figures: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Where cells were made, by their figures: the values that there are of each of
+    """By what cells were made, as their figures tell: the values that there are of each of
     :data:`MAKER`, in words."""
     known = list(figures)
     if not known:
         return {}
     return {
-        name: ", ".join(dict.fromkeys(str(each.get(name, "unknown")) for each in known))
+        name: ", ".join(dict.fromkeys(str(each.get(name) or "unknown") for each in known))
         for name in MAKER
     }
 
@@ -115,7 +117,7 @@ def git_commit() -> str | None:
     outside one."""
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

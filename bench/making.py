@@ -21,8 +21,8 @@ from bench.files import write_table
 from bench.protocol import after_last_step, evaluate
 from bench.store import CHECKPOINT, SCORES, TRAINING
 from bench.sweep import Cell
-from bench.training import Progress, build, hyperparameters, train, train_data, write_tensors
-from datasets import Source
+from bench.training import Progress, build, hyperparameters, train, write_tensors
+from datasets import DatasetError, Source
 
 GRADIENT_TOLERANCE = 1e-8
 """How far, relatively, an engine's gradient may be from the reference's in float64."""
@@ -65,6 +65,7 @@ class Sources:
     ) -> None:
         self.root = root
         self.download = download
+        self._data: dict[tuple[str, str], dict[str, str]] = {}
         self._held = {(*name, "cpu"): source for name, source in (held or {}).items()}
 
     def get(self, dataset: str, split: str, device: str) -> Source | None:
@@ -90,18 +91,35 @@ class Sources:
         """What a cell's figures say of its data: ``train_data`` and ``test_data``, hashes of what
         it is trained (and validated) and tested on; neither, where samples are computed from their
         address."""
-        train, val, test = (self.get(cell.dataset, split, "cpu") for split in _splits(cell))
-        found = {
-            "train_data": train and train_data(train, val),
-            "test_data": test and test.digest,
-        }
-        return {name: digest for name, digest in found.items() if digest}
+        asked = (cell.dataset, cell.test_spec.split)
+        if asked not in self._data:
+            train, val, test = (self.get(cell.dataset, split, "cpu") for split in _splits(cell))
+            found = {"train_data": digest_of(train, val), "test_data": digest_of(test)}
+            self._data[asked] = {name: digest for name, digest in found.items() if digest}
+        return self._data[asked]
+
+    def data_there(self, cell: Cell) -> dict[str, str]:
+        """The same, without fetching anything; nothing, where they cannot be read."""
+        fetch, self.download = self.download, False
+        try:
+            return self.data(cell)
+        except (DatasetError, OSError):
+            return {}
+        finally:
+            self.download = fetch
 
     def of(self, cells: Iterable[Cell]) -> dict[tuple[str, str], Source]:
         """The splits that cells need, on the CPU, by dataset and split."""
         names = {(c.dataset, split): None for c in cells for split in _splits(c)}
         found = {name: self.get(*name, "cpu") for name in names}
         return {name: source for name, source in found.items() if source is not None}
+
+
+def digest_of(*sources: Source | None) -> str | None:
+    """A hash of the data of some splits; None where there are none, but samples computed from their
+    address."""
+    found = [source.digest for source in sources if source is not None]
+    return "-".join(filter(None, found)) or None
 
 
 def _splits(cell: Cell) -> tuple[str, ...]:
@@ -139,6 +157,7 @@ def train_and_evaluate(
     """
     watch.training(cell)
     team.told(cell)
+    data = sources.data(cell)
     train_source = sources.require(cell.dataset, "train", cell.device)
     algorithm, log = train(
         cell,
@@ -146,6 +165,7 @@ def train_and_evaluate(
         sources.get(cell.dataset, "val", cell.device),
         workplace / STATE,
         source=source,
+        data=data,
         report=watch.iteration,
         interrupted=interrupted,
         team=team,
@@ -170,7 +190,7 @@ def train_and_evaluate(
         "threads": torch.get_num_threads(),
         "engine": algorithm.engine,
         "episode_address": cell.test_spec.address,
-        **sources.data(cell),
+        **data,
         **maker(cell.device),
         "sample_reuse": test.reuse(cell.test_spec, cell.episodes),
         **_over_classes(values, test.classes_of(cell.test_spec, cell.episodes)),

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats as distributions
 
-from bench.comparison import Entrant, Result, damage_notes, differing, read
+from bench.comparison import Entrant, Result, damage_notes, differing, of_other_data, read
 from bench.errors import BenchError
 from bench.measure import CALIBRATION, EVALUATION, STEP
 from bench.paper import md
@@ -212,7 +212,8 @@ def match(
 
     Cells belong together that ran the same algorithm with the same seed on the same test episodes
     and device, whatever their other settings: a changed default is among what is checked. Where
-    several do in one run, their settings must be equal too.
+    several do in one run, their settings must be equal too. Data that are known to be other ones
+    keep them apart.
     """
     places: dict[tuple[Any, ...], tuple[list[Result], list[Result]]] = {}
     for side, results in enumerate((now, before)):
@@ -225,6 +226,7 @@ def match(
             continue
         counterpart = {result.cell.id: result for result in theirs}
         pairs += [(one, counterpart[one.cell.id]) for one in mine if one.cell.id in counterpart]
+    pairs = [pair for pair in pairs if not of_other_data(*pair)]
     paired = {result for pair in pairs for result in pair}
     mine_alone, theirs_alone = (
         [_described(result) for result in results if result not in paired]
@@ -238,8 +240,9 @@ def _place(result: Result) -> tuple[Any, ...]:
 
 
 def _described(result: Result) -> str:
-    address, count, _ = result.episodes
-    return f"{result.cell}, {count} episodes of {address}"
+    address, count = result.episodes
+    data = result.data["test_data"]
+    return f"{result.cell}, {count} episodes of {address}" + (f", data {data}" if data else "")
 
 
 def _by_setting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from algorithms import AlgorithmError
 from bench import measure, plots
 from bench.dispatch import dispatch, employed
 from bench.distributed import ALONE, Team
+from bench.environment import git_commit
 from bench.errors import BenchError, CellError
 from bench.executors import Crew, Job, Kit
 from bench.failures import Failure, failure_of
@@ -27,6 +28,7 @@ from bench.files import write_table
 from bench.making import Sources, check_gradient, train_and_evaluate
 from bench.progress import Display
 from bench.protocol import evaluate
+from bench.reading import cell_of
 from bench.store import PERFORMANCE, Record, Run, source_hash
 from bench.sweep import Cell, Sweep
 from bench.training import build, train, validations
@@ -87,6 +89,12 @@ def check(
         build(
             cell.model_copy(update={"device": "cpu"}), sources.require(cell.dataset, "train", "cpu")
         )
+        try:
+            cell_of(cell.model_dump())
+        except ValueError as error:
+            raise BenchError(
+                f"{cell.algorithm}: {error}; results have a column of that name"
+            ) from error
         precision = cell.hyperparameters.get("precision", "float32")
         if precision != "float32" and not cell.device.startswith("cuda"):
             raise BenchError(f"precision {precision} is for NVIDIA GPUs, not for {cell.device}")
@@ -113,17 +121,28 @@ def check_data(
     Raises:
         BenchError: a folder that holds such cells.
     """
+    same = _same_data(sources)
     asked = {cell.dataset for cell in cells}
-    for record in (record for record in records if record.cell.dataset in asked):
-        try:
-            now = sources.data(record.cell)
-        except DatasetError:  # not there: what has to be made says so
-            continue
-        if any(record.figures.get(name, digest) != digest for name, digest in now.items()):
+    for record in records:
+        if record.cell.dataset in asked and not same(record):
             raise BenchError(
                 f"{folder} holds cells made from other data than {record.cell.dataset}'s of now "
                 f"({record.cell}); give another --out"
             )
+
+
+def _same_data(sources: Sources) -> Callable[[Record], bool]:
+    """Whether a cell is of the data that are there; what is not known counts as the same."""
+
+    there: dict[tuple[str, str], dict[str, str]] = {}
+
+    def same(record: Record) -> bool:
+        place = (record.cell.dataset, record.cell.test_spec.split)
+        if place not in there:  # a read that fails need not fail for each of thousands of cells
+            there[place] = sources.data_there(record.cell)
+        return all(record.figures.get(name, now) == now for name, now in there[place].items())
+
+    return same
 
 
 def check_device(name: str) -> None:
@@ -189,7 +208,7 @@ def run(
     if threads is not None and crew is None:
         torch.set_num_threads(threads)
     with store.start(sweep), interruptible() as interrupted:
-        store.recover(source)
+        store.recover(source, _same_data(sources))
         done, damaged = store.state(cells)  # asked now that no other run writes here
         work = _Work(sweep, store, source, sources, display, interrupted, team)
         failed = {cell.id for cell in cells if cell.id in store.failures()} - done
@@ -237,6 +256,7 @@ class _Work:
 
     def trained(self, cell: Cell, figures: dict[str, Any]) -> dict[str, Any]:
         """Note that a cell has only to be measured."""
+        figures = figures | {"commit": git_commit()}
         self.store.note_trained(cell, self.source, figures)
         return figures
 
@@ -386,7 +406,8 @@ def follow(sources: Sources, team: Team) -> None:
             test = sources.require(mine.dataset, mine.test_spec.split, mine.device)
             # What fails in a cell fails in all processes alike; the leader notes it.
             with suppress(CellError, KeyboardInterrupt):
-                algorithm, _ = train(mine, train_source, val_source, None, team=team)
+                data = sources.data(mine)
+                algorithm, _ = train(mine, train_source, val_source, None, data=data, team=team)
                 settings = (mine.test_spec, mine.episodes, mine.eval_steps)
                 evaluate(algorithm, test, *settings, team=team)
 

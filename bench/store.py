@@ -170,14 +170,15 @@ class Run:
         self._publish(cell)
         return Record(cell, source, figures)
 
-    def recover(self, source: str) -> None:
-        """End what a crash left between a cell's being whole and its having its name."""
+    def recover(self, source: str, same_data: Callable[[Record], bool]) -> None:
+        """End what a crash left between a cell's being whole and its having its name, where it is
+        of this source and of the data of now."""
         for workplace in self.cells.glob(".*"):
             try:
                 record = _record(workplace, workplace.name[1:], thorough=True)
             except (OSError, DamagedError):
                 continue
-            if record.source == source:
+            if record.source == source and same_data(record):
                 self.forgive(record.cell)
                 self._publish(record.cell)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -85,6 +86,7 @@ def train(
     checkpoint: Path | None,
     *,
     source: str = "",
+    data: Mapping[str, str] = MappingProxyType({}),
     report: Callable[[Progress], None] = lambda progress: None,
     interrupted: Callable[[], bool] = lambda: False,
     team: Team = ALONE,
@@ -97,8 +99,8 @@ def train(
         val_source: the validation split, which picks the parameters that are kept; without one
             they are the last. The test split is nowhere in here.
         checkpoint: written now and then, and when interrupted; a process that follows has none.
-        source: a hash of the code; a checkpoint made by other code, or of other data, is not gone
-            on from.
+        source: a hash of the code; a checkpoint made by other code is not gone on from.
+        data: hashes of the data by name, of which the same holds.
         report: is told of each iteration.
         interrupted: asked after each iteration; True ends in ``KeyboardInterrupt``.
         team: the processes that train together, each of which calls this; the leader's checkpoint
@@ -109,10 +111,11 @@ def train(
 
     Raises:
         DivergedError: a loss, in training or validation, that is not finite.
+        CellError: processes of a team that have other data than one another.
     """
-    notes = {"cell": cell.id, "source": source}
-    if checkpoint is not None and (data := train_data(train_source, val_source)):
-        notes["data"] = data
+    notes = {"cell": cell.id, "source": source, **data}
+    if not team.agrees("".join(data.values())):
+        raise CellError("the processes have other data than one another")
     run = _Training(cell, build(cell, train_source), notes, team)
     if checkpoint is not None:
         run.restore(checkpoint)
@@ -256,13 +259,6 @@ class _Training:
         log: dict[str, Any] = {name: value.tolist() for name, value in parts["log"].items()}
         log["val_iteration"] = [int(i) for i in log["val_iteration"]]
         self.log = Log(**log)
-
-
-def train_data(train_source: Source, val_source: Source | None) -> str | None:
-    """A hash of the data of a training, its validation included; None where there are none, but
-    samples computed from their address."""
-    found = [source.digest for source in (train_source, val_source) if source is not None]
-    return "-".join(filter(None, found)) or None
 
 
 def validation_interval(cell: Cell) -> int:

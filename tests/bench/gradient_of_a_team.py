@@ -11,6 +11,8 @@ from tests.algorithms import derivation
 name, norm, target = sys.argv[1:]
 team = join()
 torch.manual_seed(1)
+assert team.agrees("the same")
+assert team.agrees(f"{team.rank}") == (team.size == 1)
 model = derivation.Net().double()
 algorithm = algorithms.create(name, model, inner_lr=0.3, inner_steps=2, norm=norm)
 batch = derivation.make_batch(tasks=5)

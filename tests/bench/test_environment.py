@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from bench.environment import environment
+from bench.environment import environment, maker, makers
+from bench.reading import figures_of
 from bench.sweep import Sweep
 
 
@@ -18,6 +20,20 @@ def test_it_names_what_a_result_may_depend_on() -> None:
     assert found["blas"] != "unknown"
     assert set(found["clocks"]) == {"wall", "process"}
     json.dumps(found)
+
+
+def test_a_processor_of_any_name_can_stand_in_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.environment.cpu_name", lambda: "Intel(R) CPU     E5620  @ 2.40GHz\n")
+    figures = maker("cpu") | {"mean": 0.5, "commit": None}
+    assert figures_of(figures) == figures
+    assert figures["processor"] == "Intel(R) CPU E5620 @ 2.40GHz"
+    assert makers([figures, figures | {"torch": "1.0"}]) == {
+        "commit": "unknown",
+        "processor": "Intel(R) CPU E5620 @ 2.40GHz",
+        "threads": "unknown",
+        "torch": f"{torch.__version__}, 1.0",
+    }
+    assert makers([]) == {}
 
 
 def test_it_says_how_torch_is_set() -> None:

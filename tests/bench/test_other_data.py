@@ -8,12 +8,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+import datasets
 from bench import making
 from bench.comparison import compare
 from bench.errors import BenchError
 from bench.regression import check
-from bench.store import TRAINED, TRAINING, Run
+from bench.runner import check_data
+from bench.store import TRAINED, TRAINING, Record, Run
 from tests.bench.test_comparison import cell_of, put, scores_of
+from tests.bench.test_regression import BASE
 
 RUN = (
     *("run", "--algos", "maml", "--datasets", "image_folder", "--model", "fc", "--devices", "cpu"),
@@ -98,6 +101,46 @@ def test_other_test_data_is_not_paired_and_other_training_data_is_named(tmp_path
     assert row.unlike == "train_data t / u"
     (changed,) = [n for n in check(tmp_path / "more", tmp_path / "old").notes if "changed" in n]
     assert changed.endswith("settings changed: train_data t -> u")
+
+
+def test_a_baseline_of_before_data_were_noted_still_serves(tmp_path: Path) -> None:
+    put(tmp_path / "old", cell_of("maml"), BASE)
+    put(tmp_path / "new", cell_of("maml"), BASE, data={"train_data": "t", "test_data": "a"})
+    found = check(tmp_path / "new", tmp_path / "old")
+    assert [finding.verdict for finding in found.findings] == ["ok"]
+    assert not [note for note in found.notes if "alone" in note or "changed" in note]
+
+
+def test_what_a_crash_left_of_other_pictures_does_not_become_a_result(
+    bench: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, other = (pictures(tmp_path / name, seed) for seed, name in enumerate(("one", "other")))
+    with monkeypatch.context() as crash:
+        crash.setattr(Run, "_publish", lambda run, cell: None)
+        assert bench(*RUN, root)[0] == 0
+    assert Run(tmp_path / "r").records() == []
+    assert bench(*RUN, other)[0] == 0
+    (record,) = Run(tmp_path / "r").records()
+    assert bench(*RUN, other, "--out", "fresh")[0] == 0
+    (fresh,) = Run(tmp_path / "fresh").records()
+    assert record.figures["test_data"] == fresh.figures["test_data"]
+    assert record.figures["mean"] == fresh.figures["mean"]
+
+
+def test_data_that_cannot_be_read_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(self, split: str) -> None:
+        asked.append(self.download)
+        raise PermissionError(split)
+
+    monkeypatch.setattr(datasets.get("image_folder"), "load", load)
+    sources = making.Sources(None, download=True)
+    cells = [cell_of("maml", datasets=["image_folder"], seeds=[seed]) for seed in range(3)]
+    records = [Record(cell, "s", {"test_data": "a"}) for cell in cells]
+    check_data(records, cells, sources, Path("r"))
+    assert asked == [False]
+    assert sources.download
 
 
 def test_a_search_is_of_the_pictures_that_it_began_with(bench: Callable, tmp_path: Path) -> None:

@@ -90,9 +90,10 @@ def test_a_cell_that_a_crash_kept_from_its_name_gets_it(
         crash.setattr(Run, "_publish", lambda run, cell: None)
         finish(run, cell)
     assert run.records() == []
-    run.recover("other source")
+    run.recover("other source", lambda record: True)
+    run.recover("source", lambda record: False)
     assert run.records() == []
-    run.recover("source")
+    run.recover("source", lambda record: True)
     assert run.summary()["status"].tolist() == ["complete"]
     assert run.failures() == {}
     assert [path.name for path in run.cells.iterdir()] == [cell.id]

@@ -42,6 +42,7 @@ def quick() -> None:
     measure.measure = made_up
     runner.check = lambda *arguments: None
     store.environment = lambda sweep: {}
+    runner.git_commit = lambda: None
 
 
 def made_up(cells: Sequence[Any], root: Any = None, plugin: Any = None) -> list[pd.DataFrame]:
