@@ -218,7 +218,7 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
     table.add_column("episodes of", no_wrap=True)
     for head in (*varying, "score", "meta-step_ms", "episode_ms", "peak_MiB"):
         fixed = not head.endswith("_ms")  # a spread may stand below its median
-        table.add_column(head.replace("_", "\n"), justify="right", no_wrap=fixed)
+        table.add_column(head.replace("_", "\n"), justify="right", no_wrap=fixed, overflow="fold")
     for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():
         complete = row["status"] == "complete"
         peak = row["peak_memory_bytes"]
@@ -280,7 +280,7 @@ def challenge_notes(summary: pd.DataFrame) -> list[str]:
         return []
     errors = ", ".join(
         f"{row['algorithm']} {100 * (1 - row['mean']):.1f} ± {100 * row['ci95']:.1f}% "
-        f"(seed {row['seed']}, norm {row['norm']})"
+        f"(seed {row['seed']}, norm {'none' if pd.isna(row['norm']) else row['norm']})"
         for _, row in ours.iterrows()
     )
     published = ", ".join(f"{name} {error}%" for name, error in PUBLISHED.items())

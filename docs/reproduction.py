@@ -101,6 +101,8 @@ def challenge() -> str:
         for _, entry in board("lake").iterrows():
             error = f"{100 * (1 - entry['mean']):.1f} ± {100 * entry['ci_episodes']:.1f}"
             training = f"{entry['iterations']} iterations of {entry['meta_batch']} tasks, here"
+            if entry["gradients_per_step"] == 0:
+                training = "none"
             lines.append(row([f"`{entry['algorithm']}`", error, training]))
     for name, error in PUBLISHED.items():
         lines.append(row([name, f"{error}", "published"]))

@@ -355,6 +355,7 @@ def test_the_table_of_algorithms_says_which_are_not_told_apart_from_the_best(
     costs = {"step_gflops": 1.25, "step_process_ms": 30, "eval_process_ms": 2}
     board = {"algorithm": ["anil", "maml", "nearest"], "mean": [0.7, 0.69, 0.4]}
     board |= {"peak_memory_bytes": [3 * 2**20, 2**20, None]} | shared | costs
+    board |= {"gradients_per_step": [8, 8, 0]}
     pairs = {
         "algorithm_a": ["anil", "anil", "maml"],
         "algorithm_b": ["maml", "nearest", "nearest"],
@@ -373,4 +374,5 @@ def test_the_table_of_algorithms_says_which_are_not_told_apart_from_the_best(
     assert lines[6] == "Told apart, after Holm: 2 of 3 pairs on glyphs, over seeds."
     errors = PAGES["challenge"]().splitlines()
     assert errors[2] == "| `anil` | 30.0 ± 1.0 | 150 iterations of 4 tasks, here |"
+    assert errors[4] == "| `nearest` | 60.0 ± 1.0 | none |"
     assert errors[-1].endswith("| published |")
