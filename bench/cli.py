@@ -171,9 +171,12 @@ def run(
             "cell after another."
         ),
     ] = None,
-    jobs: Annotated[int | None, _execution("Cells at a time. Default: 1.", min=1)] = None,
+    jobs: Annotated[
+        int | None, _execution("Cells at a time. Default: 1; on a cluster, as many as fit.", min=1)
+    ] = None,
     address: Annotated[
-        str | None, _execution("Of a Ray cluster. Default: one on this machine alone.")
+        str | None,
+        _execution("Of a Ray cluster. Default: $RAY_ADDRESS, else one on this machine alone."),
     ] = None,
     cell_cpus: Annotated[
         int | None,
