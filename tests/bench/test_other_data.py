@@ -19,7 +19,7 @@ from tests.bench.test_comparison import cell_of, put, scores_of
 from tests.bench.test_regression import BASE
 
 RUN = (
-    *("run", "--algos", "maml", "--datasets", "image_folder", "--model", "fc", "--devices", "cpu"),
+    *("run", "--algos", "nearest", "--datasets", "image_folder", "--devices", "cpu"),
     *("--ways", "2", "--test-shots", "1", "--iterations", "4", "--meta-batch", "2"),
     *("--set", "val_episodes=4", "--episodes", "10", "--out", "r", "--data-root"),
 )
@@ -55,7 +55,7 @@ def test_a_run_does_not_pass_off_the_scores_of_other_pictures(bench: Callable, t
         status, _, err = bench(*RUN, root, *more)
         assert status == 2
         assert err.count("\n") == 1
-        assert "r holds cells made from other data than image_folder's of now (maml" in err
+        assert "r holds cells made from other data than image_folder's of now (nearest" in err
     assert files(tmp_path / "r") == before
     # The pictures of then are taken for what they are, wherever they lie, and so is their absence.
     for place in (pictures(tmp_path / "elsewhere", 0), str(tmp_path / "nowhere")):
@@ -147,7 +147,7 @@ def test_a_search_is_of_the_pictures_that_it_began_with(bench: Callable, tmp_pat
     search = (
         *("search", "--space", "inner_lr=0.1:1", "--trials", "1", "--algos", "maml"),
         *("--datasets", "image_folder", "--ways", "2", "--devices", "cpu", "--out", "s"),
-        *("--set", "model=fc", "--set", "test_shots=1", "--set", "iterations=2"),
+        *("--set", "test_shots=1", "--set", "iterations=2"),
         *("--set", "val_episodes=4", "--data-root"),
     )
     root = pictures(tmp_path / "data", 0)
