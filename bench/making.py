@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class Sources:
     ) -> None:
         self.root = root
         self.download = download
-        self._data: dict[tuple[str, str], dict[str, str]] = {}
+        self._there: dict[tuple[str, str], dict[str, str]] = {}
         self._held = {(*name, "cpu"): source for name, source in (held or {}).items()}
 
     def get(self, dataset: str, split: str, device: str) -> Source | None:
@@ -91,22 +92,23 @@ class Sources:
         """What a cell's figures say of its data: ``train_data`` and ``test_data``, hashes of what
         it is trained (and validated) and tested on; neither, where samples are computed from their
         address."""
-        asked = (cell.dataset, cell.test_spec.split)
-        if asked not in self._data:
-            train, val, test = (self.get(cell.dataset, split, "cpu") for split in _splits(cell))
-            found = {"train_data": digest_of(train, val), "test_data": digest_of(test)}
-            self._data[asked] = {name: digest for name, digest in found.items() if digest}
-        return self._data[asked]
+        train, val, test = (self.get(cell.dataset, split, "cpu") for split in _splits(cell))
+        found = {"train_data": data_hash(train, val), "test_data": data_hash(test)}
+        return {name: digest for name, digest in found.items() if digest}
 
-    def data_there(self, cell: Cell) -> dict[str, str]:
-        """The same, without fetching anything; nothing, where they cannot be read."""
-        fetch, self.download = self.download, False
-        try:
-            return self.data(cell)
-        except (DatasetError, OSError):
-            return {}
-        finally:
-            self.download = fetch
+    def could_have_made(self, cell: Cell, figures: Mapping[str, Any]) -> bool:
+        """Whether a cell with these figures can be of the data that are there: what is not known,
+        or cannot be read without fetching it, speaks against nothing."""
+        place = (cell.dataset, cell.test_spec.split)
+        # Noted, so that a read that fails does not fail for each of thousands of cells.
+        if place not in self._there:
+            here = copy(self)  # which holds what it reads for both
+            here.download = False
+            try:
+                self._there[place] = here.data(cell)
+            except (DatasetError, OSError):
+                self._there[place] = {}
+        return all(figures.get(name, now) == now for name, now in self._there[place].items())
 
     def of(self, cells: Iterable[Cell]) -> dict[tuple[str, str], Source]:
         """The splits that cells need, on the CPU, by dataset and split."""
@@ -115,7 +117,7 @@ class Sources:
         return {name: source for name, source in found.items() if source is not None}
 
 
-def digest_of(*sources: Source | None) -> str | None:
+def data_hash(*sources: Source | None) -> str | None:
     """A hash of the data of some splits; None where there are none, but samples computed from their
     address."""
     found = [source.digest for source in sources if source is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -121,28 +121,13 @@ def check_data(
     Raises:
         BenchError: a folder that holds such cells.
     """
-    same = _same_data(sources)
     asked = {cell.dataset for cell in cells}
-    for record in records:
-        if record.cell.dataset in asked and not same(record):
+    for cell, figures in ((record.cell, record.figures) for record in records):
+        if cell.dataset in asked and not sources.could_have_made(cell, figures):
             raise BenchError(
-                f"{folder} holds cells made from other data than {record.cell.dataset}'s of now "
-                f"({record.cell}); give another --out"
+                f"{folder} holds cells made from other data than {cell.dataset}'s of now ({cell}); "
+                "give another --out"
             )
-
-
-def _same_data(sources: Sources) -> Callable[[Record], bool]:
-    """Whether a cell is of the data that are there; what is not known counts as the same."""
-
-    there: dict[tuple[str, str], dict[str, str]] = {}
-
-    def same(record: Record) -> bool:
-        place = (record.cell.dataset, record.cell.test_spec.split)
-        if place not in there:  # a read that fails need not fail for each of thousands of cells
-            there[place] = sources.data_there(record.cell)
-        return all(record.figures.get(name, now) == now for name, now in there[place].items())
-
-    return same
 
 
 def check_device(name: str) -> None:
@@ -208,7 +193,7 @@ def run(
     if threads is not None and crew is None:
         torch.set_num_threads(threads)
     with store.start(sweep), interruptible() as interrupted:
-        store.recover(source, _same_data(sources))
+        store.recover(source, lambda left: sources.could_have_made(left.cell, left.figures))
         done, damaged = store.state(cells)  # asked now that no other run writes here
         work = _Work(sweep, store, source, sources, display, interrupted, team)
         failed = {cell.id for cell in cells if cell.id in store.failures()} - done

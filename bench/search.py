@@ -23,7 +23,7 @@ import tomli_w
 
 from bench.errors import BenchError, CellError
 from bench.files import write_table, write_text
-from bench.making import Sources, check_gradient, digest_of
+from bench.making import Sources, check_gradient, data_hash
 from bench.runner import check_device, interruptible
 from bench.store import source_hash, to_json
 from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
@@ -171,7 +171,7 @@ def prepare(sweep: Sweep, space: str, sources: Sources) -> Search:
     validation = sources.get(dataset, "val", "cpu")
     if validation is None:
         raise BenchError(f"{dataset} has no validation split for a search to decide by")
-    higher, data = training.outputs is None, digest_of(training, validation)
+    higher, data = training.outputs is None, data_hash(training, validation)
     search = Search(sweep, space, cells, spaces, higher, data)
     for algorithm, cell in cells.items():
         check_device(cell.device)
