@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, get_type_hints
@@ -272,7 +272,7 @@ class Algorithm(ABC):
         totals = [torch.zeros_like(parameter) for parameter in parameters]
         parts: list[Scores] = []
         self.inner_loop.train(True)
-        with torch.enable_grad(), products_in(self.precision, tasks.query_inputs.device):
+        with torch.enable_grad(), self._computing(tasks):
             for part in tasks.split(self.inner_loop.tasks_per_pass):
                 outputs, gradients = self.meta_gradient(part)
                 parts.append(_scores(outputs.detach(), part))
@@ -302,10 +302,16 @@ class Algorithm(ABC):
         parts: list[Scores] = []
         self.inner_loop.train(False)
         for part in tasks.split(self.inner_loop.tasks_per_pass):
-            with torch.enable_grad(), products_in(self.precision, tasks.query_inputs.device):
+            with torch.enable_grad(), self._computing(tasks):
                 after_steps = [_scores(outputs, part) for outputs in self.predictions(part, steps)]
             parts.append(_merged(torch.stack, after_steps, dim=1))
         return _merged(torch.cat, parts)
+
+    @contextmanager
+    def _computing(self, tasks: Tasks) -> Iterator[None]:
+        precision = products_in(self.precision, tasks.query_inputs.device)
+        with precision, self.inner_loop.computing():
+            yield
 
     def _prepare(self, tasks: Tasks) -> None:
         try:

@@ -9,7 +9,7 @@ functions in the same order; only the tasks are not taken in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,10 @@ PASS_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 """Elements that the support set's widest activation may have in a pass: more tasks leave the
 processor's cache, or fill the device's memory, and gain nothing. The query set's, which is not
 differentiated twice, may have sixteen times as many."""
+ONE_THREAD_ELEMENTS = 2**14
+"""Elements of a pass's widest activation up to which one thread computes it as fast as several, on
+a CPU: with work this small, to wait for another thread that has no core takes longer than all the
+rest of it."""
 
 
 class BatchedInnerLoop(InnerLoop):
@@ -84,6 +88,7 @@ class BatchedInnerLoop(InnerLoop):
         self.norm.model = _batched(self.norm.model, self.parameters, self._weights)
         self._fixed = _fixed_parts(self.norm.model, set(self.adapted), self.norm.statistics)
         self._widest = 0
+        self._small = False
 
     def trajectory(
         self, tasks: Tasks, steps: int, *, create_graph: bool, first_order: bool = False
@@ -131,6 +136,12 @@ class BatchedInnerLoop(InnerLoop):
         elements = PASS_ELEMENTS.get(tasks.support_inputs.device.type, PASS_ELEMENTS["cuda"])
         samples = max(step, -(-query // 16))
         self.tasks_per_pass = self.most_tasks or max(1, elements // (samples * self._widest))
+        together = min(len(tasks), self.tasks_per_pass) * samples * self._widest
+        on_cpu = tasks.support_inputs.device.type == "cpu"
+        self._small = on_cpu and together <= ONE_THREAD_ELEMENTS
+
+    def computing(self) -> AbstractContextManager[None]:
+        return _one_thread() if self._small else nullcontext()
 
     def _vetted_width(self, tasks: Tasks) -> int:
         """Elements of a sample's widest activation, in a model that is seen to be supported."""
@@ -229,6 +240,18 @@ class BatchedInnerLoop(InnerLoop):
         if not create_graph:
             stepped = {name: value.detach().requires_grad_() for name, value in stepped.items()}
         return fast | stepped, rule
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread. torch has one number of threads for the whole process; it is put back
+    as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Recomputing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -196,6 +197,10 @@ class InnerLoop(ABC):
         Raises:
             UnsupportedError: this engine cannot run the model on them.
         """
+
+    def computing(self) -> AbstractContextManager[None]:
+        """To be in while passes of such tasks as :meth:`prepare` was given are computed."""
+        return nullcontext()
 
 
 class HigherInnerLoop(InnerLoop):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -178,6 +179,54 @@ def test_the_gradient_is_the_same_however_many_tasks_a_pass_takes(name: str) -> 
         assert algorithm.inner_loop.tasks_per_pass == most or most is None
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-12, atol=1e-15)
+
+
+class Noting(nn.Module):
+    """A linear layer that notes on how many threads it is computed."""
+
+    threads: ClassVar[set[int]] = set()
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isinf().any():
+            raise FloatingPointError("on the way")
+        self.threads.add(torch.get_num_threads())
+        return self.head(x)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("tasks", "threads"), [(3, 1), (2**10, 2)])
+def test_work_too_small_to_share_is_computed_on_one_thread(tasks: int, threads: int) -> None:
+    maml = algorithms.create("maml", Noting(7).double(), engine="batched")
+    batch = make_batch((7,), tasks)
+    maml.meta_backward(batch)  # sizes are known from here on
+    for compute in (maml.meta_backward, maml.evaluate):
+        Noting.threads.clear()
+        compute(batch)
+        assert Noting.threads == {threads}
+        assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_threads_come_back_when_a_model_fails() -> None:
+    maml = algorithms.create("maml", Noting(7).double(), engine="batched")
+    batch = make_batch((7,))
+    maml.meta_backward(batch)
+    batch["test"][0].fill_(float("inf"))
+    with pytest.raises(FloatingPointError):
+        maml.meta_backward(batch)
+    assert torch.get_num_threads() == 2
 
 
 class Zoo(nn.Module):
