@@ -20,7 +20,7 @@ import datasets
 from algorithms import AlgorithmError
 from bench.errors import BenchError, StorageError, printable
 from bench.plugins import load_plugin, trusted
-from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, varied
+from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, said, varied
 from datasets import DatasetError
 
 app = typer.Typer(
@@ -37,8 +37,8 @@ MOST_SHOWN = 1000
 
 AXES, TRAINING, EVALUATION, PLACES, EXECUTION = (
     "Axes, each a comma-separated list",
-    "Training; each algorithm has defaults of its own for each dataset",
-    "Evaluation",
+    "Training; 'list settings' has the defaults",
+    "Evaluation; 'list settings' has the defaults",
     "Where things are",
     "Where cells are trained",
 )
@@ -88,7 +88,7 @@ def run(
     set: Annotated[
         list[str] | None,
         typer.Option(
-            help="Any setting or hyperparameter as an axis, such as inner_lr=0.1,0.2; repeatable.",
+            help="Any of 'list settings' as an axis, such as inner_lr=0.1,0.2; repeatable.",
             rich_help_panel=AXES,
             metavar="NAME=LIST",
         ),
@@ -303,7 +303,9 @@ def search(
     devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
     set: Annotated[
         list[str] | None,
-        typer.Option(help="A setting that is held fixed; repeatable.", metavar="NAME=VALUE"),
+        typer.Option(
+            help="One of 'list settings' that is held fixed; repeatable.", metavar="NAME=VALUE"
+        ),
     ] = None,
     data_root: Annotated[
         Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
@@ -534,7 +536,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-list_app = typer.Typer(help="What there is: algorithms, datasets, recipes.", no_args_is_help=True)
+list_app = typer.Typer(
+    help="What there is: algorithms, datasets, settings, recipes.", no_args_is_help=True
+)
 app.add_typer(list_app, name="list")
 
 
@@ -554,6 +558,35 @@ def list_datasets() -> None:
     for name in datasets.names():
         kind = datasets.get(name)
         table.add_row(name, kind.summary, ", ".join(kind.splits))
+    Console().print(table)
+
+
+@list_app.command("settings")
+def list_settings(
+    algos: Annotated[
+        str | None, _axis("Algorithms; see 'list algorithms'. Default: maml,fomaml,anil,reptile.")
+    ] = None,
+    dataset: Annotated[
+        str, typer.Option(help="The dataset; an algorithm has settings that suit each.")
+    ] = "glyphs",
+    plugin: Annotated[
+        Path | None, _place("Python file that registers algorithms or datasets.")
+    ] = None,
+) -> None:
+    """Every setting of algorithms, and what it is unless it is said otherwise.
+
+    For example: python -m bench list settings --algos maml,protonet --dataset omniglot
+
+    Any of them goes into --set and into a TOML file; those of most use have options of their own.
+    """
+    load_plugin(plugin)
+    given = {"datasets": [dataset]} | ({"algos": algos} if algos is not None else {})
+    rows = {cell.algorithm: cell.settings() for cell in read_sweep(None, given).cells()}
+    name = Column("setting", no_wrap=True)  # it is there to be typed
+    table = Table(name, *rows, box=None, padding=(0, 1, 0, 0))
+    for setting in dict.fromkeys(setting for row in rows.values() for setting in row):
+        values = (said(row[setting]) if setting in row else "" for row in rows.values())
+        table.add_row(setting, *values)
     Console().print(table)
 
 

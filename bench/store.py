@@ -460,11 +460,15 @@ def _sum(contents: bytes) -> dict[str, Any]:
     return {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
 
 
+DECISIVE = ("sweep", "making", "training", "distributed", "protocol", "stats", "measure")
+"""Modules of this package that decide a cell's figures."""
+
+
 def source_hash(plugin: Path | None = None) -> str:
-    """A hash of the code that decides a cell's figures: the algorithms, the datasets and the
-    harness's own training, protocol and measurement, and a plug-in."""
+    """A hash of the code that decides a cell's figures: the algorithms, the datasets, what of the
+    harness is :data:`DECISIVE`, and a plug-in."""
     home = Path(__file__).resolve().parent
-    decisive = [home / f"{name}.py" for name in ("sweep", "training", "protocol", "measure")]
+    decisive = [home / f"{name}.py" for name in DECISIVE]
     for package in (algorithms, datasets):  # which need not lie beside this one
         folder = Path(str(package.__file__)).resolve().parent
         decisive += sorted((*folder.rglob("*.py"), *folder.rglob("*.c")))

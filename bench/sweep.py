@@ -236,6 +236,10 @@ class Cell(Settings):
         """All settings as one table's row, the algorithm's own among them."""
         return self.model_dump(exclude={"hyperparameters"}) | self.hyperparameters
 
+    def settings(self) -> dict[str, Any]:
+        """What of the row can be set: all but the cell's place on the axes."""
+        return self.model_dump(include=set(Settings.model_fields)) | self.hyperparameters
+
     def __str__(self) -> str:
         setting = f"{self.dataset} {self.ways}-way {self.shots}-shot seed {self.seed}"
         return f"{self.algorithm} {setting}"

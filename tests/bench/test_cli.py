@@ -17,6 +17,7 @@ from bench import measure
 from bench.cli import main
 from bench.progress import summary_table
 from bench.store import SUMMARY_COLUMNS, Run
+from bench.sweep import Sweep, said
 from tests.bench.conftest import QUICK, TINY, measured_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -320,6 +321,25 @@ def test_lists_name_everything(bench, kind: str) -> None:
     expected = ("maml", "fomaml", "reptile", "anil")
     for name in expected if kind == "algorithms" else ("glyphs", "omniglot", "sinusoid"):
         assert name in out
+
+
+def test_the_settings_that_are_listed_are_those_that_cells_get(bench) -> None:
+    status, out, _ = bench("list", "settings", "--algos", "maml,reptile", "--dataset", "omniglot")
+    assert status == 0
+    listed = {words[0]: words[1:] for words in map(str.split, out.splitlines()[1:])}
+    cells = Sweep(algos=["maml", "reptile"], datasets=["omniglot"]).cells()
+    expected = [cell.row() for cell in cells]
+    axes = {"algorithm", "dataset", "ways", "shots", "seed", "device"}
+    assert listed.keys() == set().union(*expected) - axes
+    for name, values in listed.items():
+        assert values == [said(row[name]) for row in expected]
+
+
+@pytest.mark.parametrize("wrong", [("--dataset", "glyphs,omniglot"), ("--algos", "mamm")])
+def test_settings_of_what_is_not_there(bench, wrong: tuple[str, str]) -> None:
+    status, _, err = bench("list", "settings", *wrong)
+    assert status == 2
+    assert err.count("\n") == 1
 
 
 def test_no_arguments_are_answered_with_help_alone(bench) -> None:

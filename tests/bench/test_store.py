@@ -1,5 +1,6 @@
 """A run's folder: whole cells or none."""
 
+import ast
 import errno
 import json
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import bench
 from bench.errors import BenchError, StorageError
 from bench.files import write_text
-from bench.store import SUMMARY_COLUMNS, Run, source_hash
+from bench.store import DECISIVE, SUMMARY_COLUMNS, Run, source_hash
 from bench.sweep import Cell, Sweep
 
+HOME = Path(bench.__file__).parent
 FIGURES = {"metric": "accuracy", "mean": 0.5, "ci95": 0.01, "engine": "higher"}
 
 
@@ -134,6 +137,17 @@ def test_one_run_at_a_time_uses_a_folder(run: Run) -> None:
         pytest.raises(BenchError, match="in use by another run"),
     ):
         Run(run.folder).start(Sweep(devices=["cpu"]))
+
+
+def test_what_makes_a_cell_is_in_the_source_hash() -> None:
+    without_figures = {"environment", "errors", "files", "plugins", "store"}
+    for name in DECISIVE:
+        tree = ast.parse((HOME / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bench"):
+                _, _, module = (node.module or "").partition(".")
+                modules = [module] if module else [alias.name for alias in node.names]
+                assert set(modules) <= {*DECISIVE, *without_figures}, f"bench/{name}.py"
 
 
 def test_the_source_hash_is_of_the_code_and_of_the_plugin(tmp_path: Path) -> None:
