@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from bench.comparison import Row
-from bench.tables import SETTING, unlike
+from bench.sweep import SETTING
+from bench.tables import unlike
 
 MOST_NAMED = 12
 """Entries that a verdict names: a sweep may have hundreds."""

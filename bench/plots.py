@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from bench.failures import lost
 from bench.files import whole
 from bench.stats import mean_interval
-from bench.sweep import PLACE, in_order, told_apart
+from bench.sweep import PLACE, SETTING, in_order, told_apart
 
 if TYPE_CHECKING:
     from bench.tables import Tables
@@ -126,8 +126,18 @@ def intervals(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def accuracy(summary: pd.DataFrame, left_out: str = "") -> Figure:
-    """A summary's scores by algorithm and shots."""
-    return scores_by_shots(*intervals(summary), left_out)
+    """A summary's scores by algorithm and shots, in the order and colours of a report's."""
+    scores, meaning = intervals(summary)
+    return scores_by_shots(best_first(scores, "algorithm"), meaning, left_out)
+
+
+def best_first(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows by setting, in each the best first, and equals by the column ``name``; with a column
+    ``merit``, of which more is better."""
+    merit = frame["mean"].where(frame["metric"] == "accuracy", -frame["mean"])
+    order = [True] * len(SETTING) + [False, True]
+    by = [*SETTING, "merit", name]
+    return frame.assign(merit=merit).sort_values(by, ascending=order, ignore_index=True)
 
 
 def scores_by_shots(scores: pd.DataFrame, meaning: str, left_out: str = "") -> Figure:

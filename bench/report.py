@@ -40,8 +40,8 @@ from bench.paper import plain
 from bench.plots import COSTS
 from bench.reading import read_json
 from bench.store import Run
-from bench.sweep import Sweep
-from bench.tables import FAIRNESS, SETTING, Tables
+from bench.sweep import SETTING, Sweep
+from bench.tables import FAIRNESS, Tables
 
 MOST_PAIRED = 25
 """Entries of a task, best first, whose differences the page shows: those of a hundred are five

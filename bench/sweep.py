@@ -505,7 +505,9 @@ def _assigned(given: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
     return found
 
 
-PLACE = ("algorithm", "dataset", "ways", "shots", "device")
+SETTING = ("dataset", "ways", "shots", "device")
+"""What a comparison holds fixed: the task, and the machine that its costs belong to."""
+PLACE = ("algorithm", *SETTING)
 
 
 def varied(rows: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -23,14 +23,11 @@ import pandas as pd
 from bench.comparison import Entrant, Result, entrants, labels, result
 from bench.errors import BenchError, DamagedError, printable
 from bench.measure import GROWTH
-from bench.plots import COSTS
+from bench.plots import COSTS, best_first
 from bench.reading import is_score, read_columns
 from bench.stats import Over, finite, mean_interval
 from bench.store import TRAINING, Record, Run, in_threads, outcome
-from bench.sweep import Cell, Sweep, in_order, read_sweep, said, varied
-
-SETTING = ("dataset", "ways", "shots", "device")
-"""What a comparison holds fixed: the task, and the machine that its costs belong to."""
+from bench.sweep import SETTING, Cell, Sweep, in_order, read_sweep, said, varied
 
 FAIRNESS = (
     *("test_shots", "train_shots", "inner_steps", "eval_steps", "norm", "meta_batch"),
@@ -296,10 +293,7 @@ def _leaderboard(
     columns += ["ci_seeds", "ci_episodes", "ci95_classes", "low", "high", "over", *COSTS, *COUNTS]
     frame = pd.DataFrame(rows)
     frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *columns])))
-    frame["merit"] = frame["mean"].where(frame["metric"] == "accuracy", -frame["mean"])
-    frame = frame.sort_values(
-        [*SETTING, "merit", "label"], ascending=[True] * 4 + [False, True], ignore_index=True
-    )
+    frame = best_first(frame, "label")
     frame.insert(0, "entry", frame.index)
     for cost in COSTS:
         frame[f"pareto_{cost}"] = False

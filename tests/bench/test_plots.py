@@ -153,3 +153,12 @@ def test_a_reports_figures_of_nothing_are_none(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     run.cells.mkdir(parents=True)
     assert plots.draw_tables(tables.read(run), run.figures) == []
+
+
+def test_a_run_draws_its_algorithms_in_the_order_of_its_report() -> None:
+    rows = ROWS.assign(mean=ROWS["mean"].where(ROWS["algorithm"] == "maml", 0.99))
+    _, labels = plots.accuracy(rows).axes[0].get_legend_handles_labels()
+    assert labels[0] != "maml"
+    assert set(labels) == set(rows["algorithm"])
+    _, labels = plots.accuracy(rows.assign(metric="mse")).axes[0].get_legend_handles_labels()
+    assert labels[0] == "maml"
