@@ -17,17 +17,21 @@ endif
 	gpu-check cluster-test clean
 
 help:
-	@echo "make demo   compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
-	@echo "make test   the checks and the tests"
-	@echo "make check  ruff and mypy alone"
-	@echo "make bench  the speed benchmarks; after make peers, other libraries beside the engines too"
-	@echo "make soak   20,000 meta-iterations, and what grows meanwhile"
+	@echo "make demo         compare MAML, FOMAML, ANIL and Reptile on the built-in data, about 5 minutes"
+	@echo "make test         the checks and the tests"
+	@echo "make check        ruff and mypy alone"
+	@echo "make bench        the speed benchmarks; after make peers, bench-peers too"
+	@echo "make peers        other libraries (TorchOpt, learn2learn, JAX), in .venv-peers"
+	@echo "make bench-peers  they beside the engines; half an hour, on a machine that does nothing else: docs/performance.md"
+	@echo "make gpu-check    what needs a GPU: its tests, and a short run on it"
+	@echo "make soak         20,000 meta-iterations, and what grows meanwhile"
 	@echo "make many-cells   how long a run of 5,000 cells takes to read"
-	@echo "make chaos  all faults of processes and disks, counted in docs/reliability.md"
-	@echo "make fuzz   fuzz the readers for SECONDS each (60); figures to docs/reliability.md"
-	@echo "make properties  the property tests with 1,000 examples each"
-	@echo "make venv   the environment alone, in .venv"
-	@echo "make cluster-test  Ray and Slurm's stand-ins, whose packages it installs; several minutes"
+	@echo "make chaos        all faults of processes and disks, counted in docs/reliability.md"
+	@echo "make fuzz         fuzz the readers for SECONDS each (60); figures to docs/reliability.md"
+	@echo "make properties   the property tests with 1,000 examples each"
+	@echo "make venv         the environment alone, in .venv"
+	@echo "make cluster-test Ray and Slurm's stand-ins, whose packages it installs; several minutes"
+	@echo "make clean        what the others made, results apart"
 
 venv: .venv/ready
 
