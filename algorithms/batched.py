@@ -304,13 +304,18 @@ class _Adam(_SGD):
             if name in moments:
                 moment = self.beta2 * moments[name] + moment
             moments[name] = moment
-            # At a moment of zero the root has no derivative, and the gradient is zero and stays
-            # so: such elements are constants, as ``higher`` has them.
-            zero = moment == 0
-            root = torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
             size = self.rate(name, self.steps) * unbias
-            stepped[name] = _less(fast[name], size, gradient / (root + self.eps))
+            stepped[name] = _less(fast[name], size, gradient / (_root(moment) + self.eps))
         return stepped, _Adam(self.rate, self.steps + 1, moments)
+
+
+def _root(moment: Tensor) -> Tensor:
+    """The square root. At a moment of zero it has no derivative, and the gradient is zero and stays
+    so: such elements are constants, as ``higher`` has them."""
+    if not moment.requires_grad:
+        return moment.sqrt()
+    zero = moment == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, moment).sqrt())
 
 
 def _less(weights: Tensor, size: float | Tensor, direction: Tensor) -> Tensor:
