@@ -243,6 +243,7 @@ def run(
         for note in sweep.notes():
             console.print(note)
         if dry_run:
+            runner.check_folder(folder, sweep, cells, sources, accept_changed_code)
             with console.status("timing a few steps of each kind of cell"):
                 seconds = runner.estimate_seconds(cells, sources)
             return _print_plan(cells, seconds, console)

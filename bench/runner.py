@@ -113,6 +113,23 @@ def _computed(cell: Cell) -> tuple[Any, ...]:
     return (cell.algorithm, cell.dataset, cell.ways, cell.shots, cell.model, str(own))
 
 
+def check_folder(
+    folder: Path, sweep: Sweep, cells: Sequence[Cell], sources: Sources, accept_changed_code: bool
+) -> None:
+    """Refuse to put cells beside such as do not go with them.
+
+    Raises:
+        BenchError: a folder that holds cells of other source or data.
+    """
+    records, source = Run(folder).records(), source_hash(sweep.plugin)
+    if not accept_changed_code and any(record.source != source for record in records):
+        raise BenchError(
+            f"{folder} holds cells made by different source code; give another --out, or "
+            "--accept-changed-code to put old and new side by side"
+        )
+    check_data(records, cells, sources, folder)
+
+
 def check_data(
     records: Sequence[Record], cells: Sequence[Cell], sources: Sources, folder: Path
 ) -> None:
@@ -183,13 +200,7 @@ def run(
     """
     store = Run(folder)
     source = source_hash(sweep.plugin)
-    records = store.records()
-    if not accept_changed_code and any(record.source != source for record in records):
-        raise BenchError(
-            f"{folder} holds cells made by different source code; give another --out, or "
-            "--accept-changed-code to put old and new side by side"
-        )
-    check_data(records, cells, sources, folder)
+    check_folder(folder, sweep, cells, sources, accept_changed_code)
     if threads is not None and crew is None:
         torch.set_num_threads(threads)
     with store.start(sweep), interruptible() as interrupted:

@@ -225,9 +225,10 @@ def test_cells_of_changed_code_are_not_mixed_in_silence(bench, tmp_path: Path, m
     bench("run", "--algos", "maml", *QUICK, "--out", "r")
     monkeypatch.setattr("bench.runner.source_hash", lambda plugin: "other")
     arguments = ("run", "--algos", "maml,fomaml", *QUICK, "--out", "r")
-    status, _, err = bench(*arguments)
-    assert status == 2
-    assert "cells made by different source code" in err
+    for dry in ((), ("--dry-run",)):
+        status, _, err = bench(*arguments, *dry)
+        assert status == 2
+        assert "cells made by different source code" in err
     assert bench(*arguments, "--accept-changed-code")[0] == 0
 
 
