@@ -2,7 +2,8 @@
 
     python docs/performance.py [.benchmarks/peers.json]
 
-A file that is named is kept as docs/performance.json first, which the page is always made from.
+A file that is named is kept in docs/performance.json first, which the page is always made from. One
+of some settings takes the place of those alone, where the machine is the same; the page says so.
 """
 
 from __future__ import annotations
@@ -229,8 +230,38 @@ def machine(measured: Row) -> str:
         f"`{made['commit'][:12]}`, with torch {made['packages']['torch']} ({made['blas']}) and "
         f"Python {made['python']}; {min(rounds)} to {max(rounds)} rounds a setting. Matrix "
         f"products ran at {middle:.0f} GFLOP/s (5th to 95th percentile of the rounds {low:.0f} to "
-        f"{high:.0f}).\n"
+        f"{high:.0f}).{later(measured)}\n"
     )
+
+
+def later(measured: Row) -> str:
+    """Which settings were measured again by themselves, and at what commit."""
+    found: dict[str, list[str]] = {}
+    for row in measured["settings"].values():
+        if "commit" in row:
+            found.setdefault(row["commit"], []).append(row["setting"]["title"])
+    return "".join(
+        f" Measured again by itself at commit `{commit[:12]}`: {'; '.join(titles)}."
+        for commit, titles in found.items()
+    )
+
+
+def joined(kept: Row, new: Row) -> Row:
+    """What was kept, with what was measured again in its place.
+
+    Raises:
+        ValueError: it was measured on another machine or with other packages.
+    """
+    if kept["settings"].keys() <= new["settings"].keys() and new["growth"]:
+        return new
+    commits = {"commit": None}
+    if kept["made"] | commits != new["made"] | commits:
+        raise ValueError("a part of the settings, from another machine than the rest")
+    again = {name: row | {"commit": new["made"]["commit"]} for name, row in new["settings"].items()}
+    return kept | {
+        "settings": kept["settings"] | again,
+        "growth": new["growth"] or kept["growth"],
+    }
 
 
 BLOCKS = {
@@ -254,13 +285,14 @@ def main(arguments: Sequence[str]) -> int:
     """Keep the file that is named, if one is, and write the page; the exit status."""
     source = Path(arguments[0]) if arguments else MEASURED
     try:
-        text = source.read_text(encoding="utf-8")
-        measured = json.loads(text)
+        measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+        if arguments:
+            measured = joined(measured, json.loads(source.read_text(encoding="utf-8")))
         page = updated(PAGE.read_text(encoding="utf-8"), measured)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{source} is no measurement: {type(error).__name__} {error}", file=sys.stderr)
         return 2
-    write_text(MEASURED, text)
+    write_text(MEASURED, json.dumps(measured, indent=1) + "\n")
     write_text(PAGE, page)
     if measured["growth"]:
         with whole(FIGURE) as aside:

@@ -47,6 +47,28 @@ def test_the_autograd_loop_and_both_engines_compute_the_same(name: str) -> None:
         assert found.keys() == work.weights.keys()
 
 
+def measured(commit: str, *settings: str, cpu: str = "c", growth: bool = False) -> dict:
+    rows = {name: {"setting": {"title": f"the {name}"}, "of": commit} for name in settings}
+    return {
+        "settings": rows,
+        "growth": [commit] if growth else [],
+        "made": {"commit": commit, "cpu": cpu},
+    }
+
+
+def test_a_part_measured_again_takes_its_place_and_says_when() -> None:
+    whole = measured("first", "a", "b", growth=True)
+    joined = PAGE["joined"](whole, measured("second", "b"))
+    assert [row["of"] for row in joined["settings"].values()] == ["first", "second"]
+    assert (joined["made"], joined["growth"]) == (whole["made"], ["first"])
+    assert PAGE["later"](joined) == " Measured again by itself at commit `second`: the b."
+    assert PAGE["later"](whole) == ""
+    again = measured("third", "a", "b", growth=True)
+    assert PAGE["joined"](joined, again) == again
+    with pytest.raises(ValueError, match="another machine"):
+        PAGE["joined"](whole, measured("second", "b", cpu="d"))
+
+
 def test_first_and_second_order_are_told_apart() -> None:
     second, first = (autograd_loop.prepare(small(f"omniglot{o}")) for o in ("", "-first-order"))
     assert relative_error(answer(first), answer(second)) > 0.01
