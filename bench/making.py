@@ -15,14 +15,15 @@ import datasets
 from algorithms import Algorithm
 from algorithms.verification import verify
 from bench import stats
+from bench.checkpoints import write_tensors
 from bench.distributed import ALONE, Team
 from bench.environment import maker
 from bench.errors import BenchError
 from bench.files import write_table
-from bench.protocol import after_last_step, evaluate
+from bench.protocol import Kept, after_last_step, evaluate
 from bench.store import CHECKPOINT, SCORES, TRAINING
 from bench.sweep import Cell
-from bench.training import Progress, build, hyperparameters, train, write_tensors
+from bench.training import Progress, build, hyperparameters, train
 from datasets import DatasetError, Source
 
 GRADIENT_TOLERANCE = 1e-8
@@ -31,6 +32,8 @@ GRADIENT_TOLERANCE = 1e-8
 
 STATE = "training.safetensors"
 """The checkpoint of a training, in a cell's workplace."""
+SCORED = "scored.safetensors"
+"""That of its test."""
 
 
 class Watch(Protocol):
@@ -148,7 +151,8 @@ def train_and_evaluate(
         watch: is told how it gets on.
         source: a hash of the code.
         verify_gradients: hold the gradient after training against the reference's.
-        interrupted: asked after each iteration; True ends in ``KeyboardInterrupt``.
+        interrupted: asked after each iteration, and after each few test episodes; True ends in
+            ``KeyboardInterrupt``.
         team: the processes that train together; this one leads them.
 
     Returns:
@@ -173,13 +177,16 @@ def train_and_evaluate(
         team=team,
     )
     write_table(workplace / TRAINING, log.frame())
-    write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, cell=cell.id, source=source)
+    notes = {"cell": cell.id, "source": source}
+    checksum = write_tensors(algorithm.state_dict(), workplace / CHECKPOINT, **notes)
+    notes |= {"parameters": checksum, **data}
     test = sources.require(cell.dataset, cell.test_spec.split, cell.device)
     watch.evaluating(cell)
     scores = evaluate(
         *(algorithm, test, cell.test_spec, cell.episodes, cell.eval_steps),
         advanced=watch.episode,
         team=team,
+        kept=Kept(workplace / SCORED, notes, interrupted) if team.size == 1 else None,
     )
     write_table(workplace / SCORES, scores)
     values = after_last_step(scores).to_numpy()

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import torch
 
 from algorithms import Algorithm, Scores
+from bench.checkpoints import due, read_tensors, write_tensors
 from bench.distributed import ALONE, Team
 from bench.errors import CellError
 from datasets import EpisodeSpec, Source
 
 BATCH = 20
 """Episodes at a time: it bounds memory, and cannot change a score."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where an evaluation keeps the scores it has, to go on from when it is interrupted.
+
+    Attributes:
+        path: the file.
+        notes: whose scores they are; those of others are not gone on from.
+        interrupted: asked now and then; True ends in ``KeyboardInterrupt``.
+    """
+
+    path: Path
+    notes: Mapping[str, str]
+    interrupted: Callable[[], bool]
+
+    def write(self, parts: Sequence[Scores]) -> None:
+        write_tensors(vars(_joined(parts)), self.path, **self.notes)
+
+    def read(self) -> list[Scores]:
+        """What was kept; what cannot be read counts as nothing."""
+        try:
+            return [Scores(**read_tensors(self.path, **self.notes))]
+        except (OSError, ValueError):
+            return []
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    loss, metric = (torch.cat([getattr(p, name) for p in parts]) for name in ("loss", "metric"))
+    return Scores(loss, metric)
 
 
 def evaluate(
@@ -24,6 +58,7 @@ def evaluate(
     steps: int,
     advanced: Callable[[int], None] = lambda done: None,
     team: Team = ALONE,
+    kept: Kept | None = None,
 ) -> pd.DataFrame:
     """Score an algorithm on the first ``episodes`` episodes of a stream.
 
@@ -35,6 +70,7 @@ def evaluate(
         steps: inner steps.
         advanced: is told how many episodes are done.
         team: the processes that share the episodes; each gets all the scores.
+        kept: where one process keeps scores on the way; a team does not.
 
     Returns:
         One row an episode and step, with columns ``episode``, ``step`` (0, 1, ... steps), ``loss``
@@ -44,14 +80,23 @@ def evaluate(
         CellError: a loss that is not finite after the last step.
     """
     parts = [Scores(torch.empty(0, steps + 1), torch.empty(0, steps + 1))]
-    mine = team.part(range(episodes))
-    for first in range(0, len(mine), BATCH):
+    parts += kept.read() if kept else []
+    mine, saved = team.part(range(episodes)), time.monotonic()
+    for first in range(sum(len(part.loss) for part in parts), len(mine), BATCH):
         indices = mine[first : first + BATCH]
         part = algorithm.evaluate(source.batch(spec, indices), steps)
         parts.append(Scores(part.loss.cpu(), part.metric.cpu()))
         advanced(min((first + len(indices)) * team.size, episodes))
-    loss = team.joined(torch.cat([part.loss for part in parts]))
-    metric = team.joined(torch.cat([part.metric for part in parts]))
+        if kept is None:
+            continue
+        stop = kept.interrupted()
+        if stop or due(saved):
+            kept.write(parts)
+            saved = time.monotonic()
+        if stop:
+            raise KeyboardInterrupt
+    scores = _joined(parts)
+    loss, metric = team.joined(scores.loss), team.joined(scores.metric)
     if not bool(loss[:, -1].isfinite().all()):
         episode = int((~loss[:, -1].isfinite()).nonzero()[0])
         raise CellError(f"the loss is not finite after adapting to episode {episode} of {spec}")

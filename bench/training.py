@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,22 +11,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 import algorithms
 from algorithms import Algorithm, models
+from bench.checkpoints import State, due, read_tensors, write_tensors
 from bench.distributed import ALONE, Team
-from bench.errors import CellError, DamagedError, DivergedError
-from bench.files import write_bytes
+from bench.errors import CellError, DivergedError
 from bench.protocol import after_last_step, evaluate
 from bench.sweep import Cell, stream_seed
 from datasets import EpisodeLoader, Source
-
-CHECKPOINT_SECONDS = 10.0
-
-State = dict[str, Tensor]
 
 
 @dataclass
@@ -133,8 +125,7 @@ def train(
             progress.validation = run.validate(val_source, iteration)
         report(progress)
         stop = team.told(interrupted())
-        due = stop or time.monotonic() - saved > CHECKPOINT_SECONDS
-        if checkpoint is not None and due:
+        if checkpoint is not None and (stop or due(saved)):
             run.save(checkpoint)
             saved = time.monotonic()
         if stop:
@@ -279,40 +270,3 @@ def meta_lr(cell: Cell, iteration: int) -> float:
     if cell.meta_schedule == "cosine":
         return cell.meta_lr * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
     return cell.meta_lr
-
-
-def write_tensors(tensors: State, path: Path, **notes: str) -> None:
-    """Write tensors and notes to a safetensors file, whole or not at all, with a checksum."""
-    contiguous = {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
-    sealed = notes | {"sha256": _digest(contiguous, notes)}
-    write_bytes(path, save(contiguous, metadata={"notes": json.dumps(sealed)}))
-
-
-def read_tensors(path: Path, **notes: str) -> State:
-    """Read what :func:`write_tensors` wrote.
-
-    Raises:
-        OSError: it cannot be read.
-        DamagedError: it is not as it was written.
-        ValueError: the notes are other ones.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            written = json.loads((file.metadata() or {}).get("notes", "{}"))
-            tensors: State = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise DamagedError(f"{path} cannot be read: {error}") from error
-    if written.pop("sha256", None) not in (None, _digest(tensors, written)):  # None: an older file
-        raise DamagedError(f"{path} does not have its checksum")
-    if written != notes:
-        raise ValueError(f"{path} belongs to {written}")
-    return tensors
-
-
-def _digest(tensors: State, notes: dict[str, str]) -> str:
-    """A checksum of all that a file of tensors says."""
-    digest = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

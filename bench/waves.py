@@ -13,11 +13,12 @@ import torch
 from matplotlib.figure import Figure
 
 from algorithms.inner_loop import Tasks
+from bench.checkpoints import read_tensors
 from bench.plots import LINES, MARKERS, PALETTE, THIN, save
 from bench.stats import mean_interval
 from bench.store import CHECKPOINT, Record, Run
 from bench.sweep import Cell
-from bench.training import build, read_tensors
+from bench.training import build
 from datasets.sinusoid import INPUTS, SinusoidSource
 
 SHOWN = {0: ":", 1: "--", 10: "-"}

@@ -13,9 +13,9 @@ from torch import nn
 
 from algorithms import models
 from bench import reproduction, stats, waves
+from bench.checkpoints import read_tensors
 from bench.reproduction import judge, markdown, published, read
 from bench.store import CHECKPOINT, Run
-from bench.training import read_tensors
 from datasets.sinusoid import SinusoidSource
 from tests.bench.conftest import TINY
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import datasets
+from bench.checkpoints import read_tensors
 from bench.errors import CellError, DivergedError
 from bench.sweep import Cell
-from bench.training import build, meta_lr, read_tensors, train
+from bench.training import build, meta_lr, train
 
 
 @pytest.fixture

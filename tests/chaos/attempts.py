@@ -24,7 +24,7 @@ import psutil
 import torch
 import torch._dynamo  # which the first optimizer imports: another second
 
-from bench import making, measure, plots, runner, store, training
+from bench import checkpoints, making, measure, plots, runner, store, training
 from bench.cli import main
 from bench.store import Run
 from tests.bench.conftest import QUICK
@@ -38,7 +38,7 @@ _context.set_forkserver_preload(["tests.chaos.attempts"])
 def quick() -> None:
     """Let a command write a checkpoint after every iteration, make up its measurements, and look
     neither at what it is asked nor at the machine."""
-    training.CHECKPOINT_SECONDS = -1.0
+    checkpoints.SECONDS = -1.0
     measure.measure = made_up
     runner.check = lambda *arguments: None
     store.environment = lambda sweep: {}

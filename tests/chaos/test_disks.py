@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.checkpoints import read_tensors, write_tensors
 from bench.errors import DamagedError
 from bench.store import FILES, RECORD, Run
-from bench.training import read_tensors, write_tensors
 from tests.chaos.attempts import PLACES, Attempt, contents, fill, filling, quick, signalled, sweep
 from tests.chaos.conftest import ONE
 

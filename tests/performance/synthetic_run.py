@@ -17,12 +17,13 @@ import pandas as pd
 import torch
 
 from bench import measure, stats
+from bench.checkpoints import write_tensors
 from bench.measure import CALIBRATION, EVALUATION, GROWTH, GROWTH_STEPS, REPEATS, STEP
 from bench.protocol import after_last_step
 from bench.runner import side_by_side
 from bench.store import CHECKPOINT, PERFORMANCE, SCORES, TRAINING, Run, source_hash
 from bench.sweep import Cell, Sweep, stream_seed
-from bench.training import validation_interval, write_tensors
+from bench.training import validation_interval
 
 WIDE = Sweep(
     algos="maml,fomaml,reptile,anil,boil,meta_sgd,maml_pp,cavia,imaml,protonet",
