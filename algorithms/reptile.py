@@ -46,6 +46,10 @@ class Reptile(Algorithm):
         },
     }
 
+    def adapted(self) -> list[str]:
+        """All of them, as in its code: what does not adapt, it would never learn."""
+        return list(self.meta_parameters)
+
     def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:
         fast = self.adapt(tasks, create_graph=False)
         with torch.no_grad():

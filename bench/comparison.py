@@ -7,7 +7,7 @@ paired only where they met the very same test episodes.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
@@ -137,11 +137,11 @@ def of_other_data(a: Result, b: Result) -> bool:
     return x is not None and y is not None and x != y
 
 
-def read(folder: Path) -> tuple[list[Result], list[str]]:
+def read(folder: Path, *, none_will_do: bool = False) -> tuple[list[Result], list[str]]:
     """A run's complete cells, and the ids of those that are damaged.
 
     Raises:
-        BenchError: a folder that holds no run, or no complete cell.
+        BenchError: a folder that holds no run, or, unless that will do, no complete cell.
     """
     run = Run(folder)
     if not run.cells.is_dir():
@@ -150,7 +150,7 @@ def read(folder: Path) -> tuple[list[Result], list[str]]:
         result for result in in_threads(partial(_whole, run), run.records(thorough=True)) if result
     ]
     damaged = sorted(set(run.cell_ids()) - {result.cell.id for result in results})
-    if not results:
+    if not results and not none_will_do:
         also = f"; {len(damaged)} are damaged" if damaged else ""
         raise BenchError(f"{folder} has no complete cells{also}")
     return results, damaged
@@ -342,10 +342,14 @@ class Row:
     memory_ratio: float
     unlike: str
 
-    def sentence(self) -> str:
-        """What the row says, to someone who has to choose; the better one is named first."""
+    def sentence(self, *, device: bool = False) -> str:
+        """What the row says, to someone who has to choose; the better one is named first.
+
+        Args:
+            device: say it, for there are several.
+        """
         shape = f"{self.ways}-way {self.shots}" if self.metric == "accuracy" else f"{self.shots}"
-        where = f"on {self.dataset} {shape}-shot"
+        where = f"on {self.dataset} {shape}-shot" + (f" on {self.device}" if device else "")
         turned = self.better == self.algorithm_b
         first, second = self.algorithm_a, self.algorithm_b
         if turned:
@@ -379,10 +383,11 @@ class Row:
             memory = 1 / memory
         said = []
         if not math.isnan(time[0]):
-            interval = "" if math.isnan(time[1]) else f" [{time[1]:.1f}, {time[2]:.1f}]"
-            said.append(f"{time[0]:.1f}x the time{interval}")
+            low, high = map(_times, time[1:])
+            interval = "" if math.isnan(time[1]) else f" [{low}, {high}]"
+            said.append(f"{_times(time[0])}x the time{interval}")
         if not math.isnan(memory):
-            said.append(f"{memory:.1f}x the memory")
+            said.append(f"{_times(memory)}x the memory")
         return said or ["costs not measured in turns"]
 
     def _resolution(self) -> str:
@@ -394,6 +399,12 @@ class Row:
         if math.isinf(self.enough_for_half):
             return f"{can} on {self.episodes:,} episodes, and without more of them not half of it"
         return f"{can}; {self.enough_for_half:,.0f} would resolve {half:.2g}"
+
+
+def _times(ratio: float) -> str:
+    """To three digits, of which none is lost to a ratio's being small; more are all of the whole
+    ones."""
+    return f"{ratio:,.0f}" if ratio >= 1000 else f"{ratio:#.3g}".rstrip(".")
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -422,7 +433,8 @@ class Comparison:
             "models on new tasks, over seeds of the algorithms trained again. Time and memory are "
             "a meta-step's."
         )
-        sentences = [row.sentence() for row in self.rows]
+        several = len({row.device for row in self.rows}) > 1
+        sentences = [row.sentence(device=several) for row in self.rows]
         return [heading, *sentences, *self.overall, *self.notes]
 
     @property
@@ -497,7 +509,11 @@ def compared(
     own = TUNED - {name for settings in telling(field).values() for name in settings}
     rows = [_row(a, b, names, own, ALPHA / len(pairs)) for a, b in pairs]
     notes += [*left_out, *_doubts(results), *_reuse(results)]
-    settings = blocks(field, names)
+    device = main_device(field)
+    mine = [entrant for entrant in field if entrant.any.cell.device == device]
+    settings = blocks(mine, names)
+    if len(mine) < len(field) and len(settings) > 1:
+        notes.append(f"what is said of all settings is of the cells on {device}")
     return Comparison(_corrected(rows), rank(settings), aggregate(settings), notes)
 
 
@@ -645,6 +661,13 @@ def _reuse(results: Sequence[Result]) -> list[str]:
 
 
 # Many settings at once
+
+
+def main_device(field: Sequence[Entrant]) -> str:
+    """That of most entrants. What is said of all settings is of its cells: a setting that was run
+    on two devices is still one."""
+    counts = Counter(entrant.any.cell.device for entrant in field)
+    return max(sorted(counts), key=lambda device: counts[device])
 
 
 def blocks(field: Sequence[Entrant], names: dict[Entrant, str]) -> list[Block]:

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bench.comparison import Row
+from bench.progress import decimals
 from bench.sweep import SETTING
 from bench.tables import unlike
 
@@ -75,7 +76,8 @@ def task_name(row: pd.Series[Any], leaderboard: pd.DataFrame) -> str:
 
 def score(row: pd.Series[Any], half: str) -> str:
     """Mean and half width with the unit, accuracies in per cent: ``81.3 ± 0.7%``."""
-    scale, digits, unit = (100, 1, "%") if row["metric"] == "accuracy" else (1, 3, "")
+    scale, unit = (100, "%") if row["metric"] == "accuracy" else (1, "")
+    digits = decimals(row["metric"], row["mean"], row[half])
     width = "" if pd.isna(row[half]) else f" ± {scale * row[half]:.{digits}f}"
     return f"{scale * row['mean']:.{digits}f}{width}{unit}"
 

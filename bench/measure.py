@@ -124,7 +124,8 @@ class AcceleratorMeter(Meter):
     """Clocks and memory of an accelerator, through torch's device-neutral layer.
 
     Time is that between two events on the device's stream; memory is what torch's allocator handed
-    out (``peak_bytes``) and held (``reserved_bytes``) at most; energy is NVML's counter.
+    out at most, above what it had before the first step (``peak_bytes``: not the data set and the
+    model, as on a CPU), and held (``reserved_bytes``); energy is NVML's counter.
 
     Args:
         device: the accelerator.
@@ -142,6 +143,7 @@ class AcceleratorMeter(Meter):
     ) -> None:
         self.device = device
         self.layer = layer
+        self.base = layer.memory_allocated(device)
         self.event = event or partial(torch.Event, device=device, enable_timing=True)
         self.joules = joules or partial(energy_joules, device)
 
@@ -161,7 +163,7 @@ class AcceleratorMeter(Meter):
         return {
             "seconds": self.first.elapsed_time(self.last) / 1e3,
             **taken,
-            "peak_bytes": int(self.layer.max_memory_allocated(self.device)),
+            "peak_bytes": max(int(self.layer.max_memory_allocated(self.device)) - self.base, 0),
             "reserved_bytes": int(self.layer.max_memory_reserved(self.device)),
             "joules": None if energy is None or self.energy is None else energy - self.energy,
         }

@@ -13,6 +13,7 @@ from bench.comparison import Row
 from bench.errors import printable
 from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
+from bench.progress import decimals
 from bench.tables import COUNTS, Tables, varying
 
 INTERVALS = (
@@ -82,23 +83,28 @@ def _more(count: int, what: str) -> list[str]:
 
 def latex(tables: Tables, rows: Sequence[Row]) -> str:
     """A booktabs table a dataset: entries down, tasks across."""
-    found = tasks(tables.leaderboard)
+    board = tables.leaderboard
+    found = tasks(board)
     datasets = list(dict.fromkeys((task.setting[0], task.setting[3]) for task in found))
+    several = len({device for _, device in datasets}) > 1
     parts = ["% \\usepackage{booktabs}"]
     for dataset, device in datasets:
         mine = [t for t in found if (t.setting[0], t.setting[3]) == (dataset, device)]
-        parts.append(_table(mine, rows))
+        everybody = board[(board["dataset"] == dataset) & (board["device"] == device)]
+        title = f"{dataset} on {device}" if several else dataset
+        parts.append(_table(title, mine, everybody, rows))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(found: Sequence[Task], rows: Sequence[Row]) -> str:
-    board = pd.concat([task.rows for task in found])
+def _table(title: str, found: Sequence[Task], board: pd.DataFrame, rows: Sequence[Row]) -> str:
+    """Of one dataset on one device: its tasks, and all of its entries, also without a score."""
     settings = varying(board)
     names = list(dict.fromkeys(board["label"]))
     titles = ["algorithm", *(name.replace("_", " ") for name in settings)]
     shots = "" if found[0].metric == "mse" else "{}-way "
     heads = [f"{shots.format(t.setting[1])}{t.setting[2]}-shot" for t in found]
-    columns = [_column(task, rows) for task in found]
+    mixed = board.loc[board["seeds"] > 0, "over"].nunique() > 1
+    columns = [_column(task, board, rows, mixed) for task in found]
     body = []
     for name in names:
         mine = board[board["label"] == name]
@@ -111,7 +117,7 @@ def _table(found: Sequence[Task], rows: Sequence[Row]) -> str:
         [
             "\\begin{table}",
             "\\centering",
-            f"\\caption{{{tex(found[0].setting[0])}, {metric} {_caption(board, bool(rows))}}}",
+            f"\\caption{{{tex(title)}, {metric} {_caption(board, bool(rows))}}}",
             f"\\begin{{tabular}}{{l{'r' * len(settings)}{'c' * len(found)}}}",
             "\\toprule",
             _tex_row([*map(tex, titles), *heads]),
@@ -133,7 +139,8 @@ def _caption(board: pd.DataFrame, compared: bool) -> str:
     if not models.empty:
         start = HALF if seeds.empty else "$^\\dagger$: one seed, interval"
         parts.append(f"{start} over test episodes (this trained model on new tasks).")
-    less = [f"{tex(row['label'])}: {lost(row)}" for _, row in board.iterrows() if row["failed"]]
+    lesser = board[(board["failed"] > 0) & (board["seeds"] > 0)]
+    less = [f"{tex(row['label'])}: {lost(row)}" for _, row in lesser.iterrows()]
     if less:
         parts.append(f"Without seeds that came to nothing ({'; '.join(dict.fromkeys(less))}).")
     if compared:
@@ -141,15 +148,23 @@ def _caption(board: pd.DataFrame, compared: bool) -> str:
     return " ".join(parts)
 
 
-def _column(task: Task, rows: Sequence[Row]) -> dict[str, str]:
-    """The scores of a task by their entry."""
+def _column(task: Task, board: pd.DataFrame, rows: Sequence[Row], mixed: bool) -> dict[str, str]:
+    """The scores of a task by their entry, or what became of those that have none.
+
+    Args:
+        task: the column.
+        board: the entries of all columns.
+        rows: what was compared.
+        mixed: some intervals of the table are over seeds, and some over episodes.
+    """
     bold = level_with_best(task, rows) if rows else []
-    mixed = task.rows["over"].nunique() > 1
-    cells = {}
+    here = (board["ways"] == task.setting[1]) & (board["shots"] == task.setting[2])
+    lost_here = board[here & (board["seeds"] == 0)]
+    cells = {row["label"]: scoreless(row) for _, row in lost_here.iterrows()}
     for _, row in task.rows.iterrows():
         over_seeds = row["over"] == "seeds"
         half = row["ci_seeds"] if over_seeds else row["ci_episodes"]
-        digits = 1 if task.metric == "accuracy" else 3
+        digits = decimals(task.metric, row["mean"], half)
         mean = f"{task.scale * row['mean']:.{digits}f}"
         if row["label"] in bold:
             mean = f"\\mathbf{{{mean}}}"

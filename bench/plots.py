@@ -112,16 +112,19 @@ def intervals(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     test episodes (this trained model on new tasks).
     """
     keys = ["dataset", "ways", "shots", "device", "metric", "algorithm"]
-    if summary.groupby(keys)["seed"].nunique().min() < 2:
-        first = summary.drop_duplicates(keys)
-        return first[[*keys, "mean", "ci95"]], OVERS["episodes"]
-    rows = []
+    rows, seeds = [], set()
     for key, group in summary.groupby(keys):
-        interval = mean_interval(group["mean"].to_numpy(), over="seeds")
-        rows.append((*key, interval.estimate, interval.half_width))
-    seeds = sorted(set(summary.groupby(keys)["seed"].nunique()))
-    count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
-    meaning = OVERS["seeds"].replace("seeds", f"{count} seeds", 1)
+        mean, half = group[["mean", "ci95"]].iloc[0]
+        if len(group) > 1:
+            interval = mean_interval(group["mean"].to_numpy(), over="seeds")
+            mean, half = interval.estimate, interval.half_width
+        rows.append((*key, mean, half))
+        seeds.add(len(group))
+    more = sorted(seeds - {1})
+    count = f"{more[0]} to {more[-1]}" if len(more) > 1 else f"{more[0]}" if more else ""
+    meaning = OVERS["seeds"].replace("seeds", f"{count} seeds", 1) if more else OVERS["episodes"]
+    if more and 1 in seeds:
+        meaning = f"over {count} seeds, or over episodes for one seed"
     return pd.DataFrame(rows, columns=[*keys, "mean", "ci95"]), meaning
 
 

@@ -175,6 +175,7 @@ class Display:
 SETTINGS = (
     *("seed", "test_shots", "train_shots", "inner_steps", "eval_steps", "meta_batch"),
     *("iterations", "episodes", "protocol", "norm", "engine", "device"),
+    "source",
 )
 """What changes the meaning of a score: shown for each row where it varies, else below."""
 SHARED = ("seed", "test_shots", "iterations", "episodes", "norm", "engine", "device")
@@ -186,7 +187,8 @@ def score(row: pd.Series | dict[str, object]) -> str:
     mean, half = float(row["mean"]), float(row["ci95"])  # type: ignore[arg-type]
     if row["metric"] == "accuracy":
         return f"{100 * mean:.1f} ± {100 * half:.1f}%"
-    return f"{row['metric']} {mean:.3f} ± {half:.3f}"
+    digits = decimals("mse", mean, half)
+    return f"{row['metric']} {mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
@@ -197,11 +199,15 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
         swept: settings that tell rows of one algorithm apart, to be shown besides the usual.
     """
     settings = list(dict.fromkeys([*SETTINGS, *swept]))
-    varying = [name for name in settings if _varies(name, summary)]
+    # What failed has the settings that it was asked for, such as an engine by rule; the others
+    # have those that ran.
+    complete = summary["status"] == "complete"
+    told = summary[complete] if complete.any() else summary
+    varying = [name for name in settings if _varies(name, told)]
     shared = [
-        f"{name.replace('_', ' ')} {summary[name].iloc[0]}"
+        f"{name.replace('_', ' ')} {told[name].iloc[0]}"
         for name in (*SHARED, *swept)
-        if summary[name].nunique(dropna=False) == 1 and summary[name].notna().all()
+        if told[name].nunique(dropna=False) == 1 and told[name].notna().all()
     ]
     notes = ["times: median of the repeats (interquartile range)"]
     notes += [f"all: {', '.join(shared)}"] if shared else []
@@ -291,6 +297,15 @@ def challenge_notes(summary: pd.DataFrame) -> list[str]:
     if (ours["norm"] == "transductive").any():
         note += "; they classify one drawing at a time, which norm transductive does not"
     return [note]
+
+
+def decimals(metric: str, *values: float) -> int:
+    """Decimals to write scores with, accuracies in per cent: one, and of an error three, or as many
+    as show two digits of each of the values."""
+    if metric == "accuracy":
+        return 1
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    return max([3, *(min(1 - math.floor(math.log10(size)), 15) for size in sizes)])
 
 
 def milliseconds(value: float, spread: float) -> str:

@@ -8,7 +8,8 @@ workload of the same repeat, so that a baseline made on another machine still se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from bench.measure import CALIBRATION, EVALUATION, STEP
 from bench.paper import md
 from bench.stats import Floats, Interval, episodes_to_resolve, non_inferiority
 from bench.store import Run, outcome
-from bench.sweep import told_apart
+from bench.sweep import Cell, told_apart
 
 Verdict = Literal["ok", "worse", "not ruled out", "too noisy"]
 ALARMS = ("worse", "not ruled out")
@@ -170,21 +171,18 @@ def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 1
     for name, value in (("margin", margin), ("slowdown", slowdown)):
         if not (value > 0 and math.isfinite(value)):
             raise BenchError(f"{name}: {value:g} is not a positive number")
-    (now, damaged), (before, damaged_before) = read(folder), read(baseline)
+    failures = Run(folder).failures()
+    now, damaged = read(folder, none_will_do=bool(failures))
+    before, damaged_before = read(baseline)
     pairs, alone = match(now, before)
-    if not pairs:
+    failed = _failed(now, before, failures)
+    if not pairs and not failed:
         raise BenchError(
             f"no cell of {folder} has a counterpart in {baseline}: the same algorithm, dataset, "
             "ways, shots, seed, device and test episodes, of the same data"
         )
     notes = damage_notes(folder, damaged) + damage_notes(baseline, damaged_before)
     findings: list[Finding] = []
-    failures = Run(folder).failures()
-    failed = [
-        f"{result.cell} ({outcome(failures[result.cell.id])['status']})"
-        for result in before
-        if result.cell.id in failures
-    ]
     notes += [f"in {folder} alone: {name}" for name in alone[0]]
     notes += [f"in {baseline} alone: {name}" for name in alone[1]]
     for setting, group in _by_setting(pairs).items():
@@ -233,6 +231,27 @@ def match(
         for results in (now, before)
     )
     return pairs, (mine_alone, theirs_alone)
+
+
+def _failed(
+    now: Sequence[Result], before: Sequence[Result], failures: Mapping[str, dict[str, Any]]
+) -> list[str]:
+    """Cells of the baseline that failed now, each with what became of it: as it was set up then or,
+    as in :func:`match`, the one cell of its place whatever its other settings."""
+    at: dict[tuple[Any, ...], list[str]] = {}
+    for cell_id, failure in failures.items():
+        cell = Cell(**failure["settings"])
+        episodes = (cell.test_spec.address, cell.episodes)
+        at.setdefault((cell.algorithm, cell.seed, cell.device, episodes), []).append(cell_id)
+    there, baseline = (Counter(map(_place, results)) for results in (now, before))
+    found = []
+    for result in before:
+        place = _place(result)
+        alone = baseline[place] == 1 and not there[place]
+        ids = [result.cell.id] if result.cell.id in failures else at.get(place, []) if alone else []
+        if ids:
+            found.append(f"{result.cell} ({outcome(failures[ids[0]])['status']})")
+    return found
 
 
 def _place(result: Result) -> tuple[Any, ...]:

@@ -8,7 +8,11 @@ for (const curve of ["sensitivity", "adaptation", "learning", "growth"]) {
   const { columns, rows } = data[curve];
   data[curve] = rows.map((row) => Object.fromEntries(columns.map((name, i) => [name, row[i]])));
 }
-const NUMBER = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+const FRACTION = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+const NUMBER = {
+  format: (value) =>
+    Number.isInteger(value) ? value.toLocaleString("en") : FRACTION.format(value),
+};
 
 function element(name, text, attributes = {}) {
   const made = document.createElement(name);

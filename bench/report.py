@@ -38,6 +38,7 @@ from bench.findings import Task
 from bench.measure import GROWTH_TASKS
 from bench.paper import plain
 from bench.plots import COSTS
+from bench.progress import decimals
 from bench.reading import read_json
 from bench.store import Run
 from bench.sweep import SETTING, Sweep
@@ -393,7 +394,8 @@ def _score_cells(
     seeds = Shown(f"{row['seeds']}{less}", row["seeds"], "failed" if less else "")
     if bounds is None or row["seeds"] == 0:
         return [Shown(scoreless(row), "", "failed"), *[Shown("")] * 4, seeds]
-    scale, digits = (100, 1) if row["metric"] == "accuracy" else (1, 3)
+    scale = 100 if row["metric"] == "accuracy" else 1
+    digits = decimals(row["metric"], row["mean"], (row["high"] - row["low"]) / 2)
     unit = "" if not with_unit else " %" if row["metric"] == "accuracy" else " mse"
     mean = Shown(f"{scale * row['mean']:.{digits}f}{unit}", f"{scale * row['mean']:.6g}", "score")
     halves = [_number(scale * row[name], digits) for name in HALF_WIDTHS]
@@ -514,7 +516,7 @@ def _difference(task: Task, a: str, b: str, found: dict[tuple[str, str], Row]) -
     row, sign = (found[a, b], 1) if (a, b) in found else (found.get((b, a)), -1)
     if row is None:
         return {"text": "not compared", "kind": "self"}
-    digits = 1 if task.metric == "accuracy" else 3
+    digits = decimals(task.metric, row.difference, (row.high - row.low) / 2)
     mean = sign * task.scale * row.difference
     low, high = sorted((sign * task.scale * row.low, sign * task.scale * row.high))
     kind = "" if not row.better else "better" if row.better == a else "worse"

@@ -234,9 +234,17 @@ def paired_difference(
         effect=_quotient(interval.estimate, deviation),
         seeds=1,
         episodes=d.size,
-        p_wilcoxon=float(stats.wilcoxon(d).pvalue) if d.any() else 1.0,
+        p_wilcoxon=_wilcoxon_p(d, a, b),
         p_permutation=_sign_flip_p(d, seed),
     )
+
+
+def _wilcoxon_p(d: Floats, a: npt.ArrayLike, b: npt.ArrayLike) -> float:
+    """Of the signed ranks of d = a - b. Scores come from float32, in which equal differences of
+    unequal scores are not quite equal: they are ranked as ties."""
+    grain = 2.0**-20 * max(float(np.abs(a).max()), float(np.abs(b).max()))
+    steps = np.round(d / grain) if grain else d
+    return float(stats.wilcoxon(steps).pvalue) if steps.any() else 1.0
 
 
 def hierarchical_difference(
@@ -314,6 +322,10 @@ def _crossed(d: Floats) -> _Crossed:
     residual = d - of_seed[:, None] - of_episode + float(d.mean())
     noise = float((residual**2).sum()) / ((seeds - 1) * (episodes - 1))
     from_seeds = float(of_seed.var(ddof=1)) / seeds
+    if from_seeds <= 1e-9 * noise / d.size:
+        # Scores lie on a lattice, and few seeds' means can coincide: no less than what the episodes
+        # they do not share make of it.
+        from_seeds = noise / d.size
     from_episodes = max(float(of_episode.var(ddof=1)) / episodes - noise / d.size, 0.0)
     of_one = max(seeds * from_seeds - noise / episodes, 0.0) + episodes * from_episodes + noise
     return _Crossed(seeds, episodes, from_seeds, from_episodes, of_one)

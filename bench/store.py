@@ -76,6 +76,7 @@ SUMMARY_COLUMNS = (
         "diverged_at",
         "train_data",
         "test_data",
+        "source",
         *MAKER,
     ),
 )
@@ -96,7 +97,8 @@ class Record:
             "samples_per_step": cell.samples_per_step,
             "gradients_per_step": cell.gradients_per_step,
         }
-        return cell.row() | counts | self.figures | {"cell_id": cell.id, "status": "complete"}
+        made = {"source": self.source, "cell_id": cell.id, "status": "complete"}
+        return cell.row() | counts | self.figures | made
 
 
 class Run:
@@ -315,6 +317,8 @@ class Run:
             for cell_id, settings in failed.items()
         ]
         swept = varied([*(record.cell.row() for record in records), *failed.values()])
+        if len({record.source for record in records}) > 1:
+            swept = [*swept, "source"]
         columns = dict.fromkeys((*SUMMARY_COLUMNS, *swept))
         return pd.DataFrame(rows).reindex(columns=list(columns)), swept
 

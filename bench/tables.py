@@ -336,10 +336,11 @@ def _medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def varying(leaderboard: pd.DataFrame) -> list[str]:
-    """The settings of :data:`FAIRNESS` that are not the same for every entry.
+    """The settings of :data:`FAIRNESS` that are not the same for every entry that has a score.
 
     Training with the shots of the test is the same for all, whatever their number.
     """
+    leaderboard = leaderboard[leaderboard["seeds"] > 0]
     found = [name for name in FAIRNESS if leaderboard[name].astype(str).nunique() > 1]
     if (leaderboard["train_shots"] == leaderboard["shots"]).all():
         found = [name for name in found if name != "train_shots"]
@@ -347,9 +348,11 @@ def varying(leaderboard: pd.DataFrame) -> list[str]:
 
 
 def unlike(leaderboard: pd.DataFrame) -> dict[tuple[Any, ...], list[str]]:
-    """By setting, in which :data:`FAIRNESS` settings its entries differ from one another."""
+    """By setting, in which :data:`FAIRNESS` settings its entries that have a score differ from one
+    another."""
     found = {}
-    for setting, rows in leaderboard.groupby(list(SETTING), sort=False):
+    scored = leaderboard[leaderboard["seeds"] > 0]
+    for setting, rows in scored.groupby(list(SETTING), sort=False):
         differing = [name for name in FAIRNESS if rows[name].astype(str).nunique() > 1]
         if differing:
             found[tuple(setting)] = differing

@@ -87,7 +87,7 @@ def test_a_planted_difference_is_found_with_its_interval_and_costs(tmp_path: Pat
     assert row.sentence().startswith(
         "maml over fomaml on glyphs 5-way 1-shot: "
         f"{points[0]:+.1f} points [{points[1]:.1f}, {points[2]:.1f}] over 100 episodes, p < 0.0001 "
-        "after Holm, 2.0x the time [2.0, 2.0], 3.0x the memory"
+        "after Holm, 2.00x the time [2.00, 2.00], 3.00x the memory"
     )
 
 
