@@ -23,6 +23,7 @@ from algorithms.inner_loop import (
     Fast,
     HigherInnerLoop,
     InnerLoop,
+    ModelError,
     Tasks,
     UnsupportedError,
 )
@@ -173,10 +174,10 @@ class Algorithm(ABC):
 
     def _yield_to_higher(self, reason: str) -> None:
         if self._asked_engine != "auto":
-            raise AlgorithmError(f"{reason}; engine 'higher' can run it")
+            raise AlgorithmError(f"{reason}; engine 'higher' may run it")
         try:
             self._run_on("higher")
-        except AlgorithmError as error:
+        except ValueError as error:
             raise AlgorithmError(f"{error}: {reason}") from None
         self.engine_reason = reason
 
@@ -318,6 +319,9 @@ class Algorithm(ABC):
             self.inner_loop.prepare(tasks)
         except UnsupportedError as objection:
             self._yield_to_higher(str(objection))
+            self._prepare(tasks)
+        except ModelError as error:
+            raise AlgorithmError(str(error)) from error
 
     def _tasks(
         self, batch: Batch, size: int | None, steps: int, generator: torch.Generator | None = None

@@ -8,6 +8,7 @@ functions in the same order; only the tasks are not taken in turn.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -28,8 +29,9 @@ from algorithms.batched_layers import (
     TaskLinear,
     TaskSequential,
     TaskWeights,
+    hooked,
 )
-from algorithms.inner_loop import Fast, InnerLoop, Rate, Tasks, UnsupportedError
+from algorithms.inner_loop import Fast, InnerLoop, Rate, Tasks, UnsupportedError, undisturbed
 from algorithms.normalisation import EpisodicBatchNorm, Statistics
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskLayer]] = {
@@ -122,13 +124,8 @@ class BatchedInnerLoop(InnerLoop):
         self.norm.start(training)
 
     def prepare(self, tasks: Tasks) -> None:
-        """See once that the model's own code runs on several tasks, and size the passes.
-
-        Two sets of samples go through the initial model side by side, and the first alone: outputs
-        that differ tell of code that mixes the samples of a batch.
-        """
-        if not self._widest:
-            self._widest = self._vetted_width(tasks)
+        """Besides, size the passes."""
+        super().prepare(tasks)
         support, query = tasks.support_inputs.shape[1], tasks.query_inputs.shape[1]
         step = support if tasks.minibatches is None else tasks.minibatches.shape[2]
         if self.norm.layers and self.norm.mode == "single":
@@ -143,8 +140,19 @@ class BatchedInnerLoop(InnerLoop):
     def computing(self) -> AbstractContextManager[None]:
         return _one_thread() if self._small else nullcontext()
 
+    def _vet(self, tasks: Tasks) -> None:
+        """See, too, that the model's own code runs on several tasks at once and mixes none."""
+        with undisturbed(self.norm.model):
+            self._widest = self._vetted_width(tasks)
+            self._check_reach(tasks)
+
     def _vetted_width(self, tasks: Tasks) -> int:
-        """Elements of a sample's widest activation, in a model that is seen to be supported."""
+        """Elements of a sample's widest activation, in a model that is seen to be supported.
+
+        Two sets of samples go through the initial model side by side, and the first alone; and, as
+        in training, the first beside another one and beside itself, with the same noise. Outputs
+        that differ tell of code that mixes the samples of a batch.
+        """
         sets = tasks.support_inputs[:2]
         if len(sets) < 2:
             size = min(tasks.support_inputs.shape[1], tasks.query_inputs.shape[1])
@@ -157,6 +165,10 @@ class BatchedInnerLoop(InnerLoop):
         ]
         try:
             alone, together = self._initial_outputs(sets[:1]), self._initial_outputs(sets)
+            beside_itself = torch.cat([sets[:1], sets[:1]])
+            training, by_itself = (
+                self._initial_outputs(each, training=True) for each in (sets, beside_itself)
+            )
         except Exception as error:  # whatever the model's own code raises
             if self._weights.channels_last:  # a view may need the order that its author had
                 self._weights.channels_last = False
@@ -169,26 +181,22 @@ class BatchedInnerLoop(InnerLoop):
             for hook in hooks:
                 hook.remove()
         tolerance = torch.finfo(alone.dtype).eps ** 0.5
-        if not torch.allclose(
-            together[:1], alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())
-        ):
-            raise UnsupportedError(
-                "the model's forward mixes the samples of a batch outside batch normalisation"
-            )
+        for found, expected in ((together, alone), (training, by_itself)):
+            found, expected = found[:1], expected[:1]
+            bound = tolerance * float(expected.abs().max())
+            if not torch.allclose(found, expected, rtol=tolerance, atol=bound, equal_nan=True):
+                raise UnsupportedError(
+                    "the model's forward mixes the samples of a batch outside batch normalisation"
+                )
         return max(widths)
 
     @torch.no_grad()
-    def _initial_outputs(self, inputs: Tensor) -> Tensor:
-        """Outputs at theta, without noise such as dropout's and without a trace in averages."""
-        model, statistics = self.norm.model, self.norm.statistics
-        training, gather = model.training, statistics.gather
-        model.eval()
-        statistics.gather = False
-        try:
+    def _initial_outputs(self, inputs: Tensor, *, training: bool = False) -> Tensor:
+        """Outputs at theta, with the noise of the moment if as in training."""
+        self.norm.model.train(training)
+        self.norm.start(False)
+        with undisturbed(self.norm.model):
             return self.forward(self.initial(len(inputs), create_graph=False), inputs)
-        finally:
-            model.train(training)
-            statistics.gather = gather
 
     def initial(self, tasks: int, *, create_graph: bool) -> Fast:
         fast: Fast = {}
@@ -244,8 +252,11 @@ class BatchedInnerLoop(InnerLoop):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread. torch has one number of threads for the whole process; it is put back
-    as it was."""
+    """Compute on one thread, and put the number back as it was. It is one for the whole process:
+    threads of the user's own, beside which another may be at this, leave it as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -352,7 +363,7 @@ def _batched(model: nn.Module, parameters: dict[str, Tensor], weights: TaskWeigh
             for name, child in module._modules.items():  # named_children skips repeated ones
                 if child is not None:
                     module._modules[name] = replace(child, f"{path}.{name}" if path else name)
-            if type(module) is nn.Sequential and not _hooked(module):
+            if type(module) is nn.Sequential and not hooked(module):
                 made = TaskSequential()
                 made._modules = module._modules  # as they are, also where one is there twice
         replaced[id(module)] = made
@@ -390,16 +401,12 @@ def _check_settings(layer: nn.Module, path: str) -> None:
             odd.append("scaled or sparse gradients")
     if getattr(layer, "track_running_stats", False):
         odd.append("track_running_stats=True")
-    if _hooked(layer) or list(layer.children()):
+    if hooked(layer) or list(layer.children()):
         odd.append("hooks or parametrizations")
     if odd:
         raise UnsupportedError(
             f"{_public(type(layer))} ({path}) with {', '.join(odd)} cannot be batched over tasks"
         )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _public(layer: type[nn.Module]) -> str:

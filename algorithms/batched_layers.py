@@ -185,7 +185,8 @@ class TaskSequential(nn.Sequential):
         layer = next(layers)
         while layer is not None:
             after = next(layers)
-            if isinstance(layer, TaskBatchNorm) and type(after) is nn.ReLU:
+            plain = type(after) is nn.ReLU and not hooked(after)
+            if isinstance(layer, TaskBatchNorm) and plain:
                 inputs = TaskBatchNorm.forward(layer, inputs, relu=True)
                 after = next(layers)
             else:
@@ -243,6 +244,11 @@ class TaskEmbedding(TaskLayer):
         return F.embedding(indices, weight.reshape(tasks * rows, -1)).view(*inputs.shape, -1)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether code of other hands runs before or after its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class FixedPart:
     """A forward of layers none of which adapts: between inner steps its features do not change.
 
@@ -254,16 +260,22 @@ class FixedPart:
 
     def __init__(self, part: nn.Module, statistics: Statistics) -> None:
         layers = [layer for layer in part.modules() if isinstance(layer, TaskLayer)]
-        self.forward: Callable[[Tensor], Tensor] = part.forward
+        self.forward: Callable[..., Any] = part.forward
         self.weights = layers[0].weights
         self.names = [name for layer in layers for name in layer.names.values()]
         self.statistics = statistics
         self.kept: list[tuple[Any, list[Tensor], Tensor, int]] = []
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        given = self.statistics
+        if not self.weights.remember or given.gather or named or len(inputs) != 1:
+            return self.forward(*inputs, **named)
+        if not isinstance(inputs[0], Tensor) or inputs[0].requires_grad:
+            return self.forward(*inputs)
+        return self._remembered(inputs[0])
+
+    def _remembered(self, inputs: Tensor) -> Any:
         given, fast = self.statistics, self.weights.fast
-        if not self.weights.remember or given.gather or inputs.requires_grad:
-            return self.forward(inputs)
         used = [inputs, *(fast[name] for name in self.names)]
         # Data is told by where it lies, which cannot pass to other data while it is kept.
         where = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype, inputs._version)
@@ -276,7 +288,8 @@ class FixedPart:
                 return outputs
         before = _generator_state(inputs.device)
         outputs = self.forward(inputs)
-        if torch.equal(before, _generator_state(inputs.device)):  # no noise such as dropout's
+        silent = torch.equal(before, _generator_state(inputs.device))  # no noise such as dropout's
+        if silent and isinstance(outputs, Tensor):
             kept = (key, used, outputs, outputs._version)
             self.kept = [*self.kept, kept][-self.kept_at_most :]
         return outputs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,32 @@ OPTIMIZERS = ("sgd", "adam")
 
 class UnsupportedError(ValueError):
     """An engine cannot run a model; the message is one line and says why."""
+
+
+class ModelError(ValueError):
+    """No engine computes with a model what it says; the message is one line and says why."""
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forward passes within leave no trace in a model's modes and buffers, nor in generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[device.index for device in devices]):
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer.copy_(before)
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,7 @@ class InnerLoop(ABC):
         self.proximal = proximal
         self.norm = EpisodicNorm(model, norm)
         self.parameters: dict[str, Tensor] = dict(self.norm.model.named_parameters())
+        self._vetted = False
 
     @abstractmethod
     def initial(self, tasks: int, *, create_graph: bool) -> Fast:
@@ -191,12 +218,34 @@ class InnerLoop(ABC):
     def train(self, training: bool) -> None:
         """Begin a meta-step (True) or an evaluation (False)."""
 
-    def prepare(self, tasks: Tasks) -> None:  # noqa: B027
+    def prepare(self, tasks: Tasks) -> None:
         """Make ready for such tasks.
 
         Raises:
             UnsupportedError: this engine cannot run the model on them.
+            ModelError: no engine can.
         """
+        if not self._vetted:
+            self._vet(tasks)
+            self._vetted = True
+
+    @abstractmethod
+    def _vet(self, tasks: Tasks) -> None:
+        """See once that the engine computes what the model's own code says."""
+
+    def _check_reach(self, tasks: Tasks) -> None:
+        """See that the model computes with the weights that it is given, and not with its own."""
+        own = {name: value for name, value in self.parameters.items() if value.requires_grad}
+        self.train(False)
+        with torch.enable_grad():
+            outputs = self.forward(self.initial(1, create_graph=False), tasks.support_inputs[:1])
+            found = torch.autograd.grad(outputs.sum(), list(own.values()), allow_unused=True)
+        for name, gradient in zip(own, found, strict=True):
+            if gradient is not None:
+                raise ModelError(
+                    f"the model's forward reaches {name} past its modules, as by a Python list or "
+                    "a closure, where it cannot adapt; put them in nn.ModuleList, or use attributes"
+                )
 
     def computing(self) -> AbstractContextManager[None]:
         """To be in while passes of such tasks as :meth:`prepare` was given are computed."""
@@ -215,9 +264,16 @@ class HigherInnerLoop(InnerLoop):
 
     def __init__(self, model: nn.Module, adapted: Sequence[str], **settings: Any) -> None:
         super().__init__(model, adapted, **settings)
+        for path, module in model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                where = f" ({path})" if path else ""
+                raise ModelError(f"{type(module).__name__}{where} has hooks; higher drops them")
         self._functional = higher.monkeypatch(
             self.norm.model, copy_initial_weights=False, track_higher_grads=False
         )
+        # Its copies would not know what is loaded into the model or counted in it.
+        for path, functional in self._functional.named_modules():
+            functional._buffers.update(self.norm.model.get_submodule(path)._buffers)
         self._idle = [parameter.detach() for parameter in self.parameters.values()]
         self._functional.update_params(self._idle)
 
@@ -243,6 +299,10 @@ class HigherInnerLoop(InnerLoop):
             )
             fast = fast | dict(zip(self.adapted, stepped, strict=True))
             yield fast
+
+    def _vet(self, tasks: Tasks) -> None:
+        with undisturbed(self._functional):
+            self._check_reach(tasks)
 
     def train(self, training: bool) -> None:
         self._functional.train(training)

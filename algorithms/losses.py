@@ -15,8 +15,15 @@ def task_losses(outputs: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         ``(tasks,)``.
+
+    Raises:
+        ValueError: floating targets of another shape than the outputs, against which they would be
+            repeated.
     """
     if targets.is_floating_point():
+        if outputs.shape != targets.shape:
+            shapes = f"{tuple(outputs.shape[1:])} and targets of {tuple(targets.shape[1:])}"
+            raise ValueError(f"a task's outputs of {shapes} do not fit one another")
         return F.mse_loss(outputs, targets, reduction="none").flatten(1).mean(1)
     losses = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)

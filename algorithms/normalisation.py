@@ -136,7 +136,8 @@ class EpisodicNorm:
             batch-norm layers replaced.
 
     Raises:
-        ValueError: an unknown mode, or ``running`` where a layer keeps no running averages.
+        ValueError: an unknown mode, ``running`` where a layer keeps no running averages, or batch
+            normalisation with a forward or hooks of its own.
     """
 
     def __init__(self, model: nn.Module, mode: str) -> None:
@@ -145,19 +146,25 @@ class EpisodicNorm:
         self.mode = mode
         self.statistics = Statistics()
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model = self._replace(copy.deepcopy(model, shared))
+        self.model = self._replace(copy.deepcopy(model, shared), {})
         self.layers = [m for m in self.model.modules() if isinstance(m, EpisodicBatchNorm)]
         if mode == "running" and any(layer.averages.mean is None for layer in self.layers):
             raise ValueError("norm 'running' needs batch norm with track_running_stats=True")
 
-    def _replace(self, module: nn.Module) -> nn.Module:
+    def _replace(self, module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
+        """The module with its batch norm replaced, once where it is there several times."""
         if isinstance(module, _BatchNorm):
+            plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+            if not plain or module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"{type(module).__name__} is batch normalisation with a forward or hooks of "
+                    "its own, and there is no telling whose statistics it uses"
+                )
             return EpisodicBatchNorm(module, self.statistics)
-        replaced: dict[int, nn.Module] = {}
         for name, child in module._modules.items():
             if child is not None:
                 if id(child) not in replaced:
-                    replaced[id(child)] = self._replace(child)
+                    replaced[id(child)] = self._replace(child, replaced)
                 module._modules[name] = replaced[id(child)]
         return module
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import algorithms
-from algorithms import AlgorithmError, head_names
+from algorithms import AlgorithmError, head_names, models
 from tests.algorithms import derivation
 
 ALGORITHMS = ("maml", "fomaml", "reptile", "anil")
@@ -157,3 +157,23 @@ def test_two_classes_cannot_share_a_name() -> None:
         @algorithms.register("maml")
         class Another(algorithms.get("fomaml")):
             pass
+
+
+def test_regression_targets_of_another_shape_are_refused() -> None:
+    model = torch.nn.Linear(1, 1)
+    x = torch.randn(2, 5, 1)
+    batch = {"train": (x, x[..., 0]), "test": (x, x[..., 0])}
+    for engine in ("higher", "batched"):
+        maml = algorithms.create("maml", model, engine=engine)
+        with pytest.raises(ValueError, match=r"outputs of \(5, 1\) and targets of \(5,\)"):
+            maml.meta_backward(batch)
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+def test_reptile_learns_what_others_learn_outside_alone(engine: str) -> None:
+    model = models.build("conv4", (1, 8, 8), 3, seed=0)
+    assert model.outer_only
+    x, y = torch.randn(2, 6, 1, 8, 8), torch.arange(3).repeat(2, 2)
+    reptile = algorithms.create("reptile", model, engine=engine)
+    reptile.meta_backward({"train": (x, y), "test": (x, y)})
+    assert all(model.get_parameter(name).grad.any() for name in model.outer_only)

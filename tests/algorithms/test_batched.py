@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.parametrizations import weight_norm
 
 import algorithms
 from algorithms import kernels, models, task_convolutions, task_normalisation
@@ -229,6 +231,17 @@ def test_the_threads_come_back_when_a_model_fails() -> None:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_threads_of_the_users_own_leave_the_number_of_threads() -> None:
+    batch = make_batch((7,))
+    mamls = [algorithms.create("maml", Noting(7).double()) for _ in range(8)]
+    with ThreadPoolExecutor(len(mamls)) as pool:
+        for _ in range(3):
+            list(pool.map(lambda maml: maml.evaluate(batch), mamls))
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+
+
 class Zoo(nn.Module):
     """One of every other layer that is supported, in a forward of its own."""
 
@@ -291,13 +304,11 @@ def unsupported_models() -> dict[str, tuple[nn.Module, str]]:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(x) * self.scale
 
-    hooked = nn.Linear(4, 3)
-    hooked.register_forward_hook(lambda *_: None)
     grouped = nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 4, 1, groups=2), nn.Flatten())
     return {
         "PReLU": (nn.Sequential(nn.Linear(4, 3), nn.PReLU()), "PReLU (1)"),
         "own parameter": (Scaled(), "Scaled"),
-        "hook": (nn.Sequential(hooked), "hooks"),
+        "parametrized": (nn.Sequential(weight_norm(nn.Linear(4, 3))), "ParametrizedLinear"),
         "groups": (grouped, "groups=2"),
         "padding_idx": (nn.Sequential(nn.Embedding(3, 4, padding_idx=0)), "padding_idx=0"),
     }
@@ -315,6 +326,68 @@ def test_an_unsupported_layer_is_named(case: str) -> None:
     assert named in algorithm.engine_reason
 
 
+def test_a_layer_whose_hooks_no_engine_would_run_is_refused() -> None:
+    for hook in ("register_forward_hook", "register_forward_pre_hook"):
+        for layer in (nn.Linear(4, 4), nn.BatchNorm1d(4)):
+            model = nn.Sequential(layer, nn.Linear(4, 3))
+            getattr(layer, hook)(lambda *_: None)
+            for engine in ("auto", "higher", "batched"):
+                with pytest.raises(algorithms.AlgorithmError, match="hooks"):
+                    algorithms.create("maml", model, engine=engine)
+
+
+def test_a_hook_after_batch_norm_is_run() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    batch = make_batch((4,))
+    algorithm = algorithms.create("maml", model, inner_lr=0.1)
+    before = algorithm.evaluate(batch)
+    model[2].register_forward_hook(lambda _, __, out: 0 * out)
+    after = algorithms.create("maml", model, inner_lr=0.1).evaluate(batch)
+    assert not torch.allclose(before.loss, after.loss)
+    with pytest.raises(algorithms.AlgorithmError, match="ReLU \\(2\\) has hooks"):
+        algorithms.create("maml", model, engine="higher")
+
+
+class Rectified(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+def test_batch_norm_with_a_forward_of_its_own_is_refused(engine: str) -> None:
+    with pytest.raises(algorithms.AlgorithmError, match="Rectified is batch normalisation with a"):
+        algorithms.create("maml", nn.Sequential(Rectified(4), nn.Linear(4, 3)), engine=engine)
+
+
+class Listed(nn.Module):
+    """Reaches its layers past its modules."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.how = how
+        self.body = [self.a, self.b]
+        self.close = lambda x: self.b(self.a(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "closure":
+            return self.head(self.close(x))
+        for layer in self.body if self.how == "list" else (self.a, self.b):
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "higher", "batched"])
+def test_layers_that_could_not_adapt_are_named(engine: str) -> None:
+    batch = make_batch((4,))
+    for how in ("list", "closure"):
+        algorithm = algorithms.create("fomaml", Listed(how).double(), engine=engine)
+        for compute in (algorithm.meta_backward, algorithm.evaluate):
+            with pytest.raises(algorithms.AlgorithmError, match=r"reaches a\.weight past"):
+                compute(batch)
+    algorithms.create("fomaml", Listed("attributes").double(), engine=engine).meta_backward(batch)
+
+
 class Centred(nn.Module):
     """Mixes the samples of its batch, which no layer tells."""
 
@@ -324,6 +397,18 @@ class Centred(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x - x.mean(0))
+
+
+class CentredInTraining(Centred):
+    """Mixes them in training alone, and keeps a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        return self.head(x - x.mean(0) if self.training else x)
 
 
 class Fussy(nn.Module):
@@ -337,7 +422,10 @@ class Fussy(nn.Module):
         return self.head(x.view(6 if len(x) == 6 else 4, 4))
 
 
-@pytest.mark.parametrize(("model", "reason"), [(Centred(), "mixes"), (Fussy(), "does not run")])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(Centred(), "mixes"), (CentredInTraining(), "mixes"), (Fussy(), "does not run")],
+)
 def test_code_that_cannot_be_batched_is_found_out(model: nn.Module, reason: str) -> None:
     batch = make_batch((4,))
     model = model.double()
@@ -349,6 +437,75 @@ def test_code_that_cannot_be_batched_is_found_out(model: nn.Module, reason: str)
     assert_same_scores(auto.meta_backward(batch), higher.meta_backward(batch))
     assert auto.engine == "higher"
     assert reason in auto.engine_reason
+
+
+class Noisy(nn.Module):
+    """Drops out in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(x * self.scale, 0.5))
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+def test_to_look_at_a_model_draws_nothing(engine: str) -> None:
+    model, batch = Noisy().double(), make_batch((4,))
+    losses = []
+    for looks in (0, 1):
+        algorithm = algorithms.create("maml", model, engine=engine)
+        for _ in range(looks):
+            algorithm.evaluate(batch)
+        torch.manual_seed(1)
+        losses.append(algorithm.meta_backward(batch).loss)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+def test_what_is_loaded_into_a_buffer_and_counted_in_one_is_the_models(engine: str) -> None:
+    batch = make_batch((4,))
+    model = CentredInTraining().double()
+    algorithm = algorithms.create("maml", model, engine="higher")
+    algorithm.evaluate(batch, steps=0)
+    assert model.runs == 3  # the tasks
+    noisy = Noisy().double()
+    algorithm = algorithms.create("maml", noisy, engine=engine)
+    noisy.load_state_dict(noisy.state_dict() | {"scale": torch.zeros(())})
+    expected = torch.log_softmax(noisy.head.bias, 0)
+    found = algorithm.evaluate(batch, steps=0).loss[:, 0]
+    torch.testing.assert_close(found, -expected[batch["test"][1]].mean(1), check_dtype=False)
+
+
+class Several(nn.Module):
+    """Parts of it take two values and give two."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor | None = None):
+            return (self.layer(x), x) if y is None else self.layer(x) + y
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gives, self.takes = self.Part(), self.Part()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.takes(*self.gives(x)).tanh())
+
+
+@pytest.mark.parametrize("name", ["anil", "boil", "maml"])
+def test_parts_with_several_inputs_and_outputs_agree(name: str) -> None:
+    batch = make_batch((4,))
+    batched, higher = both(name, Several().double(), inner_lr=0.3, inner_steps=3)
+    assert_same_scores(batched.meta_backward(batch), higher.meta_backward(batch))
+    assert_same_gradients(batched, higher)
+    assert_same_scores(batched.evaluate(batch, 3), higher.evaluate(batch, 3))
 
 
 class Viewed(derivation.Net):

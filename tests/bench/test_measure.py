@@ -118,7 +118,10 @@ def test_an_accelerator_is_timed_by_events_between_synchronisations() -> None:
     assert layer.diary == diary
     assert taken["seconds"] == 0.25
     assert 0 <= taken["wall_seconds"] < 0.25
-    assert (taken["peak_bytes"], taken["reserved_bytes"]) == (400, 2000)  # a data set is not a step's
+    assert (taken["peak_bytes"], taken["reserved_bytes"]) == (
+        400,
+        2000,
+    )  # a data set is not a step's
     assert taken["joules"] == pytest.approx(3.0)
 
 
