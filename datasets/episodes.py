@@ -16,7 +16,7 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -163,11 +163,15 @@ class ClassSource(Source):
         samples: uint8 ``(N, *sample_shape)``, the samples of a class side by side.
         counts: samples in each class, in order; they sum to N.
         classes: a name for each class.
+        originals: for each class the number of what it was made from, such as the upright
+            character that it is a rotation of: the i-th samples of classes with one number are the
+            same original. None where no two classes share any.
     """
 
     samples: Tensor
     counts: Sequence[int]
     classes: Sequence[str]
+    originals: Sequence[int] | None = None
     _counts: npt.NDArray[np.int64] = field(init=False, repr=False)
     _starts: npt.NDArray[np.int64] = field(init=False, repr=False)
     _arranged: dict[EpisodeSpec, list[tuple[npt.NDArray[np.int64], ...]]] = field(
@@ -180,6 +184,8 @@ class ClassSource(Source):
                 f"{len(self.samples)} samples and {len(self.classes)} class names do not fit "
                 f"{len(self.counts)} classes of {sum(self.counts)} samples in all"
             )
+        if any(len({self.counts[each] for each in kin}) > 1 for kin in self._kin()):
+            raise DatasetError("classes of the same originals differ in how many they have")
         object.__setattr__(self, "sample_shape", tuple(self.samples.shape[1:]))
         counts = np.asarray(self.counts, dtype=np.int64)
         object.__setattr__(self, "_counts", counts)
@@ -223,7 +229,8 @@ class ClassSource(Source):
         return len(self._disjoint(spec)) if spec.protocol == "disjoint" else None
 
     def reuse(self, spec: EpisodeSpec, episodes: int) -> float | None:
-        return episodes * spec.ways * (spec.shots + spec.test_shots) / len(self.samples)
+        distinct = sum(self.counts[classes[0]] for classes in self._kin())
+        return episodes * spec.ways * (spec.shots + spec.test_shots) / distinct
 
     def class_count(self) -> int:
         return len(self.counts)
@@ -237,27 +244,42 @@ class ClassSource(Source):
         found: npt.NDArray[np.int64] = np.searchsorted(self._starts, firsts, side="right") - 1
         return found
 
+    def _kin(self) -> list[list[int]]:
+        """The classes, those together that share their originals."""
+        kin: dict[int, list[int]] = {}
+        for index in range(len(self.counts)):
+            number = index if self.originals is None else self.originals[index]
+            kin.setdefault(number, []).append(index)
+        return list(kin.values())
+
     def _disjoint(self, spec: EpisodeSpec) -> list[tuple[npt.NDArray[np.int64], ...]]:
         """Every episode of a disjoint stream.
 
-        The samples of each class are dealt into hands of ``shots + test_shots``. Each episode takes
-        one hand of the ``ways`` classes that have most left, ties broken at random, which makes as
-        many episodes of distinct classes as there can be.
+        The samples of each class are dealt into hands of ``shots + test_shots``; classes that share
+        their originals share the hands, each of which goes to one of them, in turn from a random
+        one. Each episode takes one hand of the ``ways`` classes that have most left, ties broken at
+        random, which makes as many episodes of distinct classes as there can be.
         """
         if spec not in self._arranged:
             size = spec.shots + spec.test_shots
-            hands = []
-            for index, (start, count) in enumerate(zip(self._starts, self._counts, strict=True)):
-                order = start + np.argsort(spec.words(index, int(count)), kind="stable")
-                hands.append(list(order[: count // size * size].reshape(-1, size)))
+            hands: list[list[npt.NDArray[np.int64]]] = [[] for _ in self.counts]
+            for classes in self._kin():
+                first, count = classes[0], int(self._counts[classes[0]])
+                words = spec.words(first, count)
+                order = np.argsort(words, kind="stable")
+                dealt = order[: count // size * size].reshape(-1, size)
+                turn = int(words[0] % np.uint64(len(classes)))
+                for place, hand in enumerate(dealt, start=turn):
+                    owner = classes[place % len(classes)]
+                    hands[owner].append(self._starts[owner] + hand)
             episodes: list[tuple[npt.NDArray[np.int64], ...]] = []
             left = np.array([len(dealt) for dealt in hands])
             while np.count_nonzero(left) >= spec.ways:
                 words = spec.words(len(hands) + len(episodes), len(hands) + spec.ways)
-                classes = np.lexsort((words[: len(hands)], -left))[: spec.ways]
+                chosen = np.lexsort((words[: len(hands)], -left))[: spec.ways]
                 labels = np.argsort(words[len(hands) :], kind="stable")
-                episodes.append((np.stack([hands[c].pop() for c in classes]), labels))
-                left[classes] -= 1
+                episodes.append((np.stack([hands[c].pop() for c in chosen]), labels))
+                left[chosen] -= 1
             self._arranged[spec] = episodes
         return self._arranged[spec]
 
@@ -284,7 +306,7 @@ class ClassSource(Source):
         }
 
     def to(self, device: torch.device | str) -> ClassSource:
-        return ClassSource(self.samples.to(device), self.counts, self.classes)
+        return replace(self, samples=self.samples.to(device))
 
 
 def digest_of(*tensors: Tensor) -> str:

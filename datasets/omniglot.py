@@ -283,4 +283,5 @@ def rotated(pictures: dict[str, Tensor]) -> ClassSource:
     samples = torch.cat([upright.rot90(turns, (1, 2)) for turns in range(4)])
     counts = [len(images) for images in pictures.values()] * 4
     classes = [f"{name}/rot{90 * turns:03}" for turns in range(4) for name in pictures]
-    return ClassSource(samples[:, None], counts, classes)
+    originals = [*range(len(pictures))] * 4
+    return ClassSource(samples[:, None], counts, classes, originals)

@@ -401,3 +401,36 @@ def test_shards_make_the_stream_in_any_order(
         part = loader(**shape).source.batch(stream.spec, mine)
         for place, at in enumerate(range(first, len(indices), shards)):
             assert equal(task(part, place), task(whole, at))
+
+
+def test_disjoint_episodes_share_no_original_of_classes_made_from_the_same() -> None:
+    # Four classes of each of six characters, as rotations are: the i-th samples are one drawing.
+    characters, drawings, spec = 6, 20, EpisodeSpec("d", "test", 5, 1, 4, 0, "disjoint")
+    count = 4 * characters
+    source = ClassSource(
+        torch.zeros(count * drawings, 1, dtype=torch.uint8),
+        [drawings] * count,
+        [f"class {i}" for i in range(count)],
+        [*range(characters)] * 4,
+    )
+    episodes = source.episodes(spec)
+    assert episodes == characters * (drawings // 5) // 5  # as many as there are hands for
+    seen, owners = [], set()
+    for index in range(episodes):
+        samples, _ = source.indices(spec, index)
+        classes = samples // drawings
+        assert (classes == classes[:, :1]).all()
+        assert len(set(classes[:, 0])) == 5
+        owners |= set(classes[:, 0] // characters)
+        seen += [
+            (c % characters, d)
+            for c, d in zip(classes.flat, (samples % drawings).flat, strict=True)
+        ]
+    assert len(set(seen)) == len(seen)
+    assert owners == {0, 1, 2, 3}
+    assert source.reuse(spec, episodes) == len(seen) / (characters * drawings)
+
+
+def test_classes_of_the_same_originals_have_as_many() -> None:
+    with pytest.raises(DatasetError, match="differ in how many"):
+        ClassSource(torch.zeros(5, 1, dtype=torch.uint8), [2, 3], ["a", "b"], [0, 0])
