@@ -101,6 +101,9 @@ class Algorithm(ABC):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings that suit the algorithm, by dataset; those under ``"*"`` hold for every dataset.
     Hyperparameters of the class, and of its outer loop (``meta_lr``, ``meta_optimizer``, ...)."""
+    without: ClassVar[frozenset[str]] = frozenset()
+    """Hyperparameters of its ancestors of which nothing would come: it is made with them, as the
+    others are, but they are no settings of it."""
     progress: float = 1.0
     proximal: float = 0.0
 
@@ -452,7 +455,7 @@ def hyperparameters(algorithm: type[Algorithm]) -> dict[str, Any]:
             found = own | found
             if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in taken):
                 break
-    return found
+    return {name: value for name, value in found.items() if name not in algorithm.without}
 
 
 def hyperparameter_types(algorithm: type[Algorithm]) -> dict[str, Any]:
@@ -474,6 +477,6 @@ def create(name: str, model: nn.Module, **settings: Any) -> Algorithm:
     algorithm = get(name)
     known = hyperparameters(algorithm)
     for setting in settings:
-        if setting not in known:
+        if setting not in known and setting not in algorithm.without:
             raise AlgorithmError(f"{name} has no {setting!r}; it has {', '.join(known)}")
     return algorithm(model, **settings)

@@ -55,6 +55,7 @@ class FineTune(Algorithm):
         AlgorithmError: no classes to pre-train on, or a model without a linear head over a body.
     """
 
+    without = frozenset({"inner_steps", "inner_batch"})
     summary = "pre-trains on all training classes, trains a new head (Baseline, Chen et al. 2019)"
     defaults = {"*": {"inner_lr": 0.3, "eval_steps": 20}}
 

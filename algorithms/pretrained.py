@@ -21,6 +21,7 @@ class Pretrained(Algorithm):
     nothing, for a task's labels are a permutation of its own.
     """
 
+    without = frozenset({"inner_steps", "inner_batch"})
     summary = "one network for all tasks, fine-tuned (baseline of Finn et al. 2017)"
     defaults = {
         "sinusoid": {

@@ -195,3 +195,12 @@ def test_a_copy_with_other_settings_has_ids_of_its_own(cell: Cell) -> None:
     longer = cell.model_copy(update={"iterations": cell.iterations + 1})
     assert longer.seedless_id != first[1]
     assert (cell.model_copy().id, cell.model_copy().seedless_id) == first
+
+
+@pytest.mark.parametrize("name", ["pretrained", "finetune", "finetune_pp"])
+def test_what_an_algorithm_makes_nothing_of_is_no_axis_of_it(name: str) -> None:
+    sweep = Sweep(algos=[name], set={"inner_steps": [1, 5], "inner_lr": [0.1]}, devices=["cpu"])
+    (cell,) = sweep.cells()
+    assert "inner_steps" not in cell.hyperparameters
+    assert cell.hyperparameters["inner_lr"] == 0.1
+    assert sweep.notes() == [f"note:  {name} has no inner_steps, and runs without"]
