@@ -22,7 +22,14 @@ def cell_of(algorithm: str, seed: int = 0, **settings: Any) -> Cell:
     return Cell(algorithm=algorithm, seed=seed, **(chosen | settings))
 
 
-def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = None) -> None:
+def add(
+    run: Run,
+    cell: Cell,
+    metric: str = "accuracy",
+    level: float | None = None,
+    source: str = "abc",
+    **figures_too: Any,
+) -> None:
     """Put a cell with made-up results in a run."""
     if level is None:
         level = LEVELS.get(cell.algorithm, 0.6)
@@ -68,7 +75,7 @@ def add(run: Run, cell: Cell, metric: str = "accuracy", level: float | None = No
         **{"peak_memory_bytes": 2**20 * len(cell.algorithm), "step_gflops": 0.1},
         "episode_address": f"{cell.dataset}/{cell.ways}/{cell.shots}/{cell.test_shots}",
     }
-    run.complete(cell, "abc", figures)
+    run.complete(cell, source, figures | figures_too)
 
 
 NASTY = (

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bench import measure
+from bench import comparison, measure
 from bench.comparison import COLUMNS, compare
 from bench.errors import BenchError
 from bench.protocol import after_last_step
@@ -344,3 +344,21 @@ def test_runs_without_results_end_in_one_line(bench, tmp_path: Path) -> None:
     status, _, err = bench("compare", "r")
     assert (status, err) == (2, "bench: r has no complete cells\n")
     assert not (tmp_path / "r" / "comparison.csv").exists()
+
+
+def test_what_is_said_of_all_settings_is_of_one_device(tmp_path: Path) -> None:
+    for shots in (1, 5):
+        for device, levels in (("cpu", (0.8, 0.6, 0.5)), ("cuda:0", (0.5, 0.6, 0.8))):
+            for name, level in zip(("maml", "fomaml", "anil"), levels, strict=True):
+                cell = cell_of(name, shots=[shots], devices=[device])
+                put(tmp_path, cell, scores_of(level))
+    found = compare([tmp_path])
+    assert found.ranks is not None
+    assert "mean ranks over 2 settings: maml 1.0, fomaml 2.0, anil 3.0" in found.ranks.sentence()
+    assert "what is said of all settings is of the cells on cpu" in found.notes
+    assert all((" on cpu" in line) != (" on cuda:0" in line) for line in found.lines()[1:7])
+
+
+def test_ratios_keep_their_digits() -> None:
+    said = [comparison._times(ratio) for ratio in (0.0294, 1.04, 12.34, 123.4, 1234.5)]
+    assert said == ["0.0294", "1.04", "12.3", "123", "1,234"]

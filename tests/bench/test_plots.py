@@ -8,6 +8,7 @@ from PIL import Image
 
 from bench import plots, tables
 from bench.store import Run
+from tests.bench.made_up import add, cell_of
 from tests.bench.test_report import LEVELS, sample, score_at, swept
 
 ROWS = pd.DataFrame(
@@ -162,3 +163,28 @@ def test_a_run_draws_its_algorithms_in_the_order_of_its_report() -> None:
     assert set(labels) == set(rows["algorithm"])
     _, labels = plots.accuracy(rows.assign(metric="mse")).axes[0].get_legend_handles_labels()
     assert labels[0] == "maml"
+
+
+def test_every_seed_counts_also_where_another_algorithm_has_but_one() -> None:
+    rows = ROWS[(ROWS["algorithm"] == "maml") | (ROWS["seed"] == 0)]
+    found, meaning = plots.intervals(rows)
+    means = found[found["shots"] == 1].set_index("algorithm")
+    assert means.loc["maml", "mean"] == pytest.approx(0.81)
+    assert means.loc["maml", "ci95"] == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
+    assert means.loc["anil", ["mean", "ci95"]].tolist() == pytest.approx([0.7, 0.02])
+    assert meaning == "over 3 seeds, or over episodes for one seed"
+
+
+def test_cells_of_different_source_are_drawn_each_for_themselves(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir(parents=True)
+    for seed, source in enumerate(("aaa", "aaa", "bbb", "bbb")):
+        add(run, cell_of("maml", seed), level=0.2 + 0.2 * seed, source=source)
+    summary, swept = run.write_summary()
+    assert swept == ["source"]
+    assert summary["source"].tolist().count("bbb") == 2
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "accuracy", lambda rows, _: drawn.append(rows) or plots.Figure())
+        plots.draw_all(summary, tmp_path, swept)
+    assert set(drawn[0]["algorithm"]) == {"maml (source aaa)", "maml (source bbb)"}

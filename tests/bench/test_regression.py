@@ -192,6 +192,26 @@ def test_a_cell_that_fails_now_is_a_regression(tmp_path: Path) -> None:
     assert "failed: anil glyphs" in found.conclusion
 
 
+def test_a_changed_default_that_makes_a_cell_fail_is_a_regression(tmp_path: Path) -> None:
+    for name in ("maml", "fomaml"):
+        put(tmp_path / "old", cell_of(name), BASE)
+    put(tmp_path / "new", cell_of("fomaml"), BASE)
+    Run(tmp_path / "new").fail(cell_of("maml", inner_lr=[0.9]), "diverged", 7)
+    found = check(tmp_path / "new", tmp_path / "old")
+    assert found.regressed
+    assert found.failed == ["maml glyphs 5-way 1-shot seed 0 (diverged)"]
+
+
+def test_a_run_of_nothing_but_failures_is_a_regression(bench, tmp_path: Path) -> None:
+    put(tmp_path / "old", cell_of("maml"), BASE)
+    new = Run(tmp_path / "new")
+    new.cells.mkdir(parents=True)
+    new.fail(cell_of("maml", inner_lr=[0.9]), "no memory")
+    status, out, err = bench("check", str(tmp_path / "new"), "--baseline", str(tmp_path / "old"))
+    assert (status, err) == (1, "")
+    assert "failed: maml glyphs 5-way 1-shot seed 0 (failed)" in " ".join(out.split())
+
+
 def test_the_command_exits_1_with_a_table_and_a_job_summary(bench, tmp_path: Path) -> None:
     put(tmp_path / "old", cell_of(), BASE, costs(0.1))
     put(tmp_path / "new", cell_of(), BASE - 0.03, costs(0.2))

@@ -15,6 +15,7 @@ import pytest
 
 from bench import findings, paper, report, tables
 from bench.failures import lost, scoreless
+from bench.progress import decimals, score
 from bench.store import SCORES, Run
 from tests.bench.conftest import QUICK
 from tests.bench.made_up import EPISODES, LEVELS, NASTY, add, cell_of, nasty
@@ -227,6 +228,50 @@ def test_markdown_fits_a_comment_whatever_the_run(run: Run) -> None:
     text = paper.markdown("big", big, [], ["note " * 20] * 500, "")
     assert len(text) < 65_536
     assert "and 2,300 more rows" in text
+
+
+def test_latex_names_what_has_no_score(run: Run) -> None:
+    for seed in (0, 1):
+        run.fail(cell_of("boil", seed), "it diverged", 3)
+    run.fail(cell_of("cavia", shots=5, train_shots=5), "no memory")
+    add(run, cell_of("cavia"), level=0.5)
+    report.write(run.folder)
+    latex = (run.folder / "table.tex").read_text()
+    assert re.search(r"^boil .*& diverged & -- ", latex, re.MULTILINE)
+    assert re.search(r"^cavia .*\$ & failed ", latex, re.MULTILINE)
+
+
+def test_latex_marks_intervals_over_episodes_in_a_table_of_both(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir(parents=True)
+    for algorithm in LEVELS:
+        for seed in (0, 1, 2):
+            add(run, cell_of(algorithm, seed))
+        add(run, cell_of(algorithm, shots=5, train_shots=5))
+    found = tables.read(run)
+    latex = paper.latex(found, [])
+    assert "one seed, interval over test episodes" in latex
+    assert latex.count("^\\dagger$ ") == len(LEVELS)
+
+
+def test_what_failed_makes_no_settings_unlike(run: Run) -> None:
+    for seed in (0, 1):
+        cell = cell_of("boil", seed, hyperparameters={"inner_steps": 1, "engine": "auto"})
+        run.fail(cell, "it diverged", 3)
+    board = tables.read(run).leaderboard
+    assert "engine" not in tables.varying(board)
+    assert not any("engine" in names for names in tables.unlike(board).values())
+
+
+def test_small_errors_are_not_rounded_away(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir(parents=True)
+    figures = {"mean": 2e-4, "ci95": 3e-5}
+    add(run, cell_of("maml", dataset="sinusoid"), "mse", 2e-4, **figures)
+    row = run.summary().iloc[0]
+    assert score(row) == "mse 0.000200 ± 0.000030"
+    assert score({"metric": "accuracy", "mean": 0.5, "ci95": 0.01}) == "50.0 ± 1.0%"
+    assert (decimals("mse", 0.327, 0.033), decimals("mse", 0.0, float("nan"))) == (3, 3)
 
 
 def test_latex_escapes() -> None:

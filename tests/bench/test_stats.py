@@ -690,3 +690,24 @@ def test_unpaired_lengths_are_refused(compare):
         compare([1, 2, 3], [1, 2])
     with pytest.raises(ValueError, match="not paired"):
         stats.hierarchical_difference(np.zeros((2, 3)), np.zeros((3, 3)))
+
+
+def test_equal_differences_of_float32_scores_are_ties_to_wilcoxon() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        hits = draw.integers(8, 18, (2, 200))
+        a, b = (hits / 25).astype(np.float32).astype(float)
+        expected = scipy_stats.wilcoxon((hits[0] - hits[1]).astype(float)).pvalue
+        assert stats.paired_difference(a, b).p_wilcoxon == pytest.approx(expected)
+
+
+def test_seeds_whose_means_coincide_are_no_certainty() -> None:
+    # Two seeds' mean differences are exactly alike, though episodes differ: a lattice's accident.
+    draw = np.random.default_rng(1)
+    row = draw.integers(-5, 6, 100) / 25
+    d = np.stack([row, draw.permutation(row)])
+    found = stats.hierarchical_difference(d, np.zeros_like(d))
+    assert found.interval.half_width > 0.1 * row.std() / 10
+    assert found.p > 1e-4
+    same = np.full((2, 100), 0.04)
+    assert stats.hierarchical_difference(same, np.zeros_like(same)).interval.half_width == 0
