@@ -198,7 +198,7 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
         summary: its rows.
         swept: settings that tell rows of one algorithm apart, to be shown besides the usual.
     """
-    settings = list(dict.fromkeys([*SETTINGS, *swept]))
+    settings = [name for name in dict.fromkeys([*SETTINGS, *swept]) if name in summary]
     # What failed has the settings that it was asked for, such as an engine by rule; the others
     # have those that ran.
     complete = summary["status"] == "complete"
