@@ -273,19 +273,20 @@ class Algorithm(ABC):
         tasks = self._tasks(batch, self.inner_batch, self.inner_steps)
         self._prepare(tasks)
         parameters = self.parameters()
-        totals = [torch.zeros_like(parameter) for parameter in parameters]
+        totals: list[Tensor | None] = [None for _ in parameters]
         parts: list[Scores] = []
         self.inner_loop.train(True)
         with torch.enable_grad(), self._computing(tasks):
             for part in tasks.split(self.inner_loop.tasks_per_pass):
                 outputs, gradients = self.meta_gradient(part)
                 parts.append(_scores(outputs.detach(), part))
-                for total, gradient in zip(totals, gradients, strict=True):
+                for index, gradient in enumerate(gradients):
                     if gradient is not None:
-                        total.add_(gradient.detach(), alpha=1 / len(tasks))
+                        share, total = gradient.detach() / len(tasks), totals[index]
+                        totals[index] = share if total is None else total.add_(share)
         self.inner_loop.norm.finish()
         for parameter, total in zip(parameters, totals, strict=True):
-            parameter.grad = total
+            parameter.grad = torch.zeros_like(parameter) if total is None else total
         return _merged(torch.cat, parts)
 
     def evaluate(self, batch: Batch, steps: int | None = None) -> Scores:
@@ -368,7 +369,9 @@ def replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 def _scores(outputs: Tensor, tasks: Tasks) -> Scores:
     targets = tasks.query_targets
-    return Scores(task_losses(outputs, targets), task_metrics(outputs, targets))
+    losses = task_losses(outputs, targets)
+    # Of a regression both are the squared error.
+    return Scores(losses, losses if targets.is_floating_point() else task_metrics(outputs, targets))
 
 
 def _merged(how: Callable[..., Tensor], parts: Sequence[Scores], **along: int) -> Scores:

@@ -108,6 +108,9 @@ class Tasks:
 
     def split(self, size: int) -> Iterator[Tasks]:
         """These tasks, ``size`` at a time."""
+        if size >= len(self):
+            yield self
+            return
         for first in range(0, len(self), size):
             part = slice(first, first + size)
             yield Tasks(

@@ -49,6 +49,8 @@ def prepare(work: Work, engine: str) -> Callable[[], dict[str, Tensor]]:
 def flops(work: Work) -> int:
     """Floating-point operations of the work on the reference engine, as torch counts them: matrix
     products and convolutions, forward and backward. Tasks are alike, so one is counted."""
+    step = prepare(work.of("float32", tasks=1), "higher")
+    step()  # the first also looks at the model
     with FlopCounterMode(display=False) as counter:
-        prepare(work.of("float32", tasks=1), "higher")()
+        step()
     return int(counter.get_total_flops()) * work.setting.tasks
