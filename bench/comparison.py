@@ -402,9 +402,10 @@ class Row:
 
 
 def _times(ratio: float) -> str:
-    """To three digits, of which none is lost to a ratio's being small; more are all of the whole
-    ones."""
-    return f"{ratio:,.0f}" if ratio >= 1000 else f"{ratio:#.3g}".rstrip(".")
+    """To three digits, or two below 1, of which none is lost to a ratio's being small."""
+    if ratio >= 1000:
+        return f"{ratio:,.0f}"
+    return f"{ratio:#.{3 if ratio >= 1 else 2}g}".rstrip(".")
 
 
 COLUMNS = tuple(field.name for field in fields(Row))

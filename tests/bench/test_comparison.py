@@ -361,4 +361,4 @@ def test_what_is_said_of_all_settings_is_of_one_device(tmp_path: Path) -> None:
 
 def test_ratios_keep_their_digits() -> None:
     said = [comparison._times(ratio) for ratio in (0.0294, 1.04, 12.34, 123.4, 1234.5)]
-    assert said == ["0.0294", "1.04", "12.3", "123", "1,234"]
+    assert said == ["0.029", "1.04", "12.3", "123", "1,234"]
