@@ -22,7 +22,7 @@ help:
 	@echo "make check        ruff and mypy alone"
 	@echo "make bench        the speed benchmarks; after make peers, bench-peers too"
 	@echo "make peers        other libraries (TorchOpt, learn2learn, JAX), in .venv-peers"
-	@echo "make bench-peers  they beside the engines; half an hour, on a machine that does nothing else: docs/performance.md"
+	@echo "make bench-peers  they beside the engines: half an hour, with nothing beside it"
 	@echo "make gpu-check    what needs a GPU: its tests, and a short run on it"
 	@echo "make soak         20,000 meta-iterations, and what grows meanwhile"
 	@echo "make many-cells   how long a run of 5,000 cells takes to read"

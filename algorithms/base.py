@@ -49,6 +49,14 @@ class Scores:
     loss: Tensor
     metric: Tensor
 
+    @classmethod
+    def merged(
+        cls, parts: Sequence[Scores], how: Callable[..., Tensor] = torch.cat, **along: int
+    ) -> Scores:
+        """Those of several passes or steps as one, by ``torch.cat`` or ``torch.stack``."""
+        loss = how([part.loss for part in parts], **along)
+        return cls(loss, how([part.metric for part in parts], **along))
+
 
 class Algorithm(ABC):
     """A meta-learning algorithm over any model, written against the inner loop alone.
@@ -287,7 +295,7 @@ class Algorithm(ABC):
         self.inner_loop.norm.finish()
         for parameter, total in zip(parameters, totals, strict=True):
             parameter.grad = torch.zeros_like(parameter) if total is None else total
-        return _merged(torch.cat, parts)
+        return Scores.merged(parts)
 
     def evaluate(self, batch: Batch, steps: int | None = None) -> Scores:
         """Adapt to each task and score it on its query set; changes nothing that is learned.
@@ -309,8 +317,8 @@ class Algorithm(ABC):
         for part in tasks.split(self.inner_loop.tasks_per_pass):
             with torch.enable_grad(), self._computing(tasks):
                 after_steps = [_scores(outputs, part) for outputs in self.predictions(part, steps)]
-            parts.append(_merged(torch.stack, after_steps, dim=1))
-        return _merged(torch.cat, parts)
+            parts.append(Scores.merged(after_steps, torch.stack, dim=1))
+        return Scores.merged(parts)
 
     @contextmanager
     def _computing(self, tasks: Tasks) -> Iterator[None]:
@@ -370,14 +378,7 @@ def replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 def _scores(outputs: Tensor, tasks: Tasks) -> Scores:
     targets = tasks.query_targets
     losses = task_losses(outputs, targets)
-    # Of a regression both are the squared error.
-    return Scores(losses, losses if targets.is_floating_point() else task_metrics(outputs, targets))
-
-
-def _merged(how: Callable[..., Tensor], parts: Sequence[Scores], **along: int) -> Scores:
-    """Scores of several passes or steps as one, by ``torch.cat`` or ``torch.stack``."""
-    loss = how([part.loss for part in parts], **along)
-    return Scores(loss, how([part.metric for part in parts], **along))
+    return Scores(losses, task_metrics(outputs, targets, losses))
 
 
 def _cycled(count: int, size: int, steps: int, generator: torch.Generator | None) -> Tensor:

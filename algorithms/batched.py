@@ -29,10 +29,9 @@ from algorithms.batched_layers import (
     TaskLinear,
     TaskSequential,
     TaskWeights,
-    hooked,
 )
 from algorithms.inner_loop import Fast, InnerLoop, Rate, Tasks, UnsupportedError, undisturbed
-from algorithms.normalisation import EpisodicBatchNorm, Statistics
+from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskLayer]] = {
     nn.Linear: TaskLinear,
@@ -142,9 +141,8 @@ class BatchedInnerLoop(InnerLoop):
 
     def _vet(self, tasks: Tasks) -> None:
         """See, too, that the model's own code runs on several tasks at once and mixes none."""
-        with undisturbed(self.norm.model):
-            self._widest = self._vetted_width(tasks)
-            self._check_reach(tasks)
+        self._widest = self._vetted_width(tasks)
+        self._check_reach(self.norm.model, tasks)
 
     def _vetted_width(self, tasks: Tasks) -> int:
         """Elements of a sample's widest activation, in a model that is seen to be supported.
@@ -193,9 +191,9 @@ class BatchedInnerLoop(InnerLoop):
     @torch.no_grad()
     def _initial_outputs(self, inputs: Tensor, *, training: bool = False) -> Tensor:
         """Outputs at theta, with the noise of the moment if as in training."""
-        self.norm.model.train(training)
-        self.norm.start(False)
         with undisturbed(self.norm.model):
+            self.norm.model.train(training)
+            self.norm.start(False)
             return self.forward(self.initial(len(inputs), create_graph=False), inputs)
 
     def initial(self, tasks: int, *, create_graph: bool) -> Fast:

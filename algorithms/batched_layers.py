@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from algorithms.normalisation import EpisodicBatchNorm, Statistics
+from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
 from algorithms.task_convolutions import Window, convolution
 from algorithms.task_normalisation import normalise
 
@@ -242,11 +242,6 @@ class TaskEmbedding(TaskLayer):
         first = torch.arange(0, tasks * rows, rows, device=inputs.device)
         indices = inputs.view(tasks, -1) + first[:, None]
         return F.embedding(indices, weight.reshape(tasks * rows, -1)).view(*inputs.shape, -1)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether code of other hands runs before or after its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class FixedPart:

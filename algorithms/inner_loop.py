@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.losses import task_losses
-from algorithms.normalisation import EpisodicNorm
+from algorithms.normalisation import EpisodicNorm, hooked
 
 Fast = dict[str, Tensor]
 """Every parameter by its name in the model, ``(tasks, *shape)``: theta' of each task."""
@@ -236,11 +236,12 @@ class InnerLoop(ABC):
     def _vet(self, tasks: Tasks) -> None:
         """See once that the engine computes what the model's own code says."""
 
-    def _check_reach(self, tasks: Tasks) -> None:
-        """See that the model computes with the weights that it is given, and not with its own."""
+    def _check_reach(self, model: nn.Module, tasks: Tasks) -> None:
+        """See that the model, as this engine runs it, computes with the weights that it is given,
+        and not with its own."""
         own = {name: value for name, value in self.parameters.items() if value.requires_grad}
-        self.train(False)
-        with torch.enable_grad():
+        with undisturbed(model), torch.enable_grad():
+            self.train(False)
             outputs = self.forward(self.initial(1, create_graph=False), tasks.support_inputs[:1])
             found = torch.autograd.grad(outputs.sum(), list(own.values()), allow_unused=True)
         for name, gradient in zip(own, found, strict=True):
@@ -268,7 +269,7 @@ class HigherInnerLoop(InnerLoop):
     def __init__(self, model: nn.Module, adapted: Sequence[str], **settings: Any) -> None:
         super().__init__(model, adapted, **settings)
         for path, module in model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks:
+            if hooked(module):
                 where = f" ({path})" if path else ""
                 raise ModelError(f"{type(module).__name__}{where} has hooks; higher drops them")
         self._functional = higher.monkeypatch(
@@ -304,8 +305,7 @@ class HigherInnerLoop(InnerLoop):
             yield fast
 
     def _vet(self, tasks: Tasks) -> None:
-        with undisturbed(self._functional):
-            self._check_reach(tasks)
+        self._check_reach(self._functional, tasks)
 
     def train(self, training: bool) -> None:
         self._functional.train(training)

@@ -124,6 +124,11 @@ class RunningAverages:
         self.var.lerp_(var, weight)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether code of other hands runs before or after its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class EpisodicNorm:
     """One model's batch normalisation in one mode.
 
@@ -155,7 +160,7 @@ class EpisodicNorm:
         """The module with its batch norm replaced, once where it is there several times."""
         if isinstance(module, _BatchNorm):
             plain = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-            if not plain or module._forward_hooks or module._forward_pre_hooks:
+            if not plain or hooked(module):
                 raise ValueError(
                     f"{type(module).__name__} is batch normalisation with a forward or hooks of "
                     "its own, and there is no telling whose statistics it uses"

@@ -46,6 +46,7 @@ OVERS = {
     "seeds": "over seeds (the algorithm, trained again)",
     "episodes": "over test episodes (this trained model on new tasks)",
 }
+MIXED = "over seeds, or over episodes for one seed"
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARGIN_INCHES = 0.1
 MOST_TICKS = 8
@@ -120,11 +121,11 @@ def intervals(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
             mean, half = interval.estimate, interval.half_width
         rows.append((*key, mean, half))
         seeds.add(len(group))
-    more = sorted(seeds - {1})
-    count = f"{more[0]} to {more[-1]}" if len(more) > 1 else f"{more[0]}" if more else ""
-    meaning = OVERS["seeds"].replace("seeds", f"{count} seeds", 1) if more else OVERS["episodes"]
-    if more and 1 in seeds:
-        meaning = f"over {count} seeds, or over episodes for one seed"
+    meaning = OVERS["episodes"]
+    if several := sorted(seeds - {1}):
+        count = " to ".join(str(n) for n in dict.fromkeys((several[0], several[-1])))
+        meaning = MIXED if 1 in seeds else OVERS["seeds"]
+        meaning = meaning.replace("seeds", f"{count} seeds", 1)
     return pd.DataFrame(rows, columns=[*keys, "mean", "ci95"]), meaning
 
 
@@ -216,7 +217,7 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
     half = (board["high"] - board["low"]) / 2
     scores = board.assign(algorithm=board["label"], ci95=half)
     overs = set(board["over"])
-    meaning = OVERS[overs.pop()] if len(overs) == 1 else "over seeds, or over episodes for one seed"
+    meaning = OVERS[overs.pop()] if len(overs) == 1 else MIXED
     less = tables.leaderboard[tables.leaderboard["failed"] > 0]
     left_out = ", ".join(as_text(f"{row['label']} ({lost(row)})") for _, row in less.iterrows())
     figures = {

@@ -174,8 +174,7 @@ class Display:
 
 SETTINGS = (
     *("seed", "test_shots", "train_shots", "inner_steps", "eval_steps", "meta_batch"),
-    *("iterations", "episodes", "protocol", "norm", "engine", "device"),
-    "source",
+    *("iterations", "episodes", "protocol", "norm", "engine", "device", "source"),
 )
 """What changes the meaning of a score: shown for each row where it varies, else below."""
 SHARED = ("seed", "test_shots", "iterations", "episodes", "norm", "engine", "device")
@@ -187,7 +186,7 @@ def score(row: pd.Series | dict[str, object]) -> str:
     mean, half = float(row["mean"]), float(row["ci95"])  # type: ignore[arg-type]
     if row["metric"] == "accuracy":
         return f"{100 * mean:.1f} ± {100 * half:.1f}%"
-    digits = decimals("mse", mean, half)
+    digits = decimals(str(row["metric"]), mean, half)
     return f"{row['metric']} {mean:.{digits}f} ± {half:.{digits}f}"
 
 

@@ -35,7 +35,7 @@ class Kept:
     interrupted: Callable[[], bool]
 
     def write(self, parts: Sequence[Scores]) -> None:
-        write_tensors(vars(_joined(parts)), self.path, **self.notes)
+        write_tensors(vars(Scores.merged(parts)), self.path, **self.notes)
 
     def read(self) -> list[Scores]:
         """What was kept; what cannot be read counts as nothing."""
@@ -43,11 +43,6 @@ class Kept:
             return [Scores(**read_tensors(self.path, **self.notes))]
         except (OSError, ValueError):
             return []
-
-
-def _joined(parts: Sequence[Scores]) -> Scores:
-    loss, metric = (torch.cat([getattr(p, name) for p in parts]) for name in ("loss", "metric"))
-    return Scores(loss, metric)
 
 
 def evaluate(
@@ -95,7 +90,7 @@ def evaluate(
             saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
-    scores = _joined(parts)
+    scores = Scores.merged(parts)
     loss, metric = team.joined(scores.loss), team.joined(scores.metric)
     if not bool(loss[:, -1].isfinite().all()):
         episode = int((~loss[:, -1].isfinite()).nonzero()[0])

@@ -216,7 +216,7 @@ def match(
     places: dict[tuple[Any, ...], tuple[list[Result], list[Result]]] = {}
     for side, results in enumerate((now, before)):
         for result in results:
-            places.setdefault(_place(result), ([], []))[side].append(result)
+            places.setdefault(_place_of(result), ([], []))[side].append(result)
     pairs: list[tuple[Result, Result]] = []
     for mine, theirs in places.values():
         if len(mine) == len(theirs) == 1:
@@ -238,24 +238,27 @@ def _failed(
 ) -> list[str]:
     """Cells of the baseline that failed now, each with what became of it: as it was set up then or,
     as in :func:`match`, the one cell of its place whatever its other settings."""
-    at: dict[tuple[Any, ...], list[str]] = {}
-    for cell_id, failure in failures.items():
+    at: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for failure in failures.values():
         cell = Cell(**failure["settings"])
-        episodes = (cell.test_spec.address, cell.episodes)
-        at.setdefault((cell.algorithm, cell.seed, cell.device, episodes), []).append(cell_id)
-    there, baseline = (Counter(map(_place, results)) for results in (now, before))
+        at.setdefault(_place(cell, (cell.test_spec.address, cell.episodes)), failure)
+    there, baseline = (Counter(map(_place_of, results)) for results in (now, before))
     found = []
     for result in before:
-        place = _place(result)
-        alone = baseline[place] == 1 and not there[place]
-        ids = [result.cell.id] if result.cell.id in failures else at.get(place, []) if alone else []
-        if ids:
-            found.append(f"{result.cell} ({outcome(failures[ids[0]])['status']})")
+        failed, place = failures.get(result.cell.id), _place_of(result)
+        if failed is None and baseline[place] == 1 and not there[place]:
+            failed = at.get(place)
+        if failed is not None:
+            found.append(f"{result.cell} ({outcome(failed)['status']})")
     return found
 
 
-def _place(result: Result) -> tuple[Any, ...]:
-    return (result.cell.algorithm, result.cell.seed, result.cell.device, result.episodes)
+def _place_of(result: Result) -> tuple[Any, ...]:
+    return _place(result.cell, result.episodes)
+
+
+def _place(cell: Cell, episodes: tuple[str, int]) -> tuple[Any, ...]:
+    return (cell.algorithm, cell.seed, cell.device, episodes)
 
 
 def _described(result: Result) -> str:

@@ -9,10 +9,8 @@ for (const curve of ["sensitivity", "adaptation", "learning", "growth"]) {
   data[curve] = rows.map((row) => Object.fromEntries(columns.map((name, i) => [name, row[i]])));
 }
 const FRACTION = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
-const NUMBER = {
-  format: (value) =>
-    Number.isInteger(value) ? value.toLocaleString("en") : FRACTION.format(value),
-};
+const number = (value) =>
+  Number.isInteger(value) ? value.toLocaleString("en") : FRACTION.format(value);
 
 function element(name, text, attributes = {}) {
   const made = document.createElement(name);
@@ -335,7 +333,7 @@ function numbers(place, chart, caption) {
       const row = body.insertRow();
       row.append(element("th", name, { scope: "row" }));
       for (const value of values) {
-        const text = value === null ? "" : typeof value === "number" ? NUMBER.format(value) : value;
+        const text = value === null ? "" : typeof value === "number" ? number(value) : value;
         row.append(element("td", text));
       }
     }

@@ -139,8 +139,9 @@ def check_data(
         BenchError: a folder that holds such cells.
     """
     asked = {cell.dataset for cell in cells}
-    for cell, figures in ((record.cell, record.figures) for record in records):
-        if cell.dataset in asked and not sources.could_have_made(cell, figures):
+    for record in records:
+        cell = record.cell
+        if cell.dataset in asked and not sources.could_have_made(cell, record.figures):
             raise BenchError(
                 f"{folder} holds cells made from other data than {cell.dataset}'s of now ({cell}); "
                 "give another --out"

@@ -184,7 +184,7 @@ class ClassSource(Source):
                 f"{len(self.samples)} samples and {len(self.classes)} class names do not fit "
                 f"{len(self.counts)} classes of {sum(self.counts)} samples in all"
             )
-        if any(len({self.counts[each] for each in kin}) > 1 for kin in self._kin()):
+        if any(len({self.counts[each] for each in kin}) > 1 for kin in self._kin):
             raise DatasetError("classes of the same originals differ in how many they have")
         object.__setattr__(self, "sample_shape", tuple(self.samples.shape[1:]))
         counts = np.asarray(self.counts, dtype=np.int64)
@@ -229,7 +229,7 @@ class ClassSource(Source):
         return len(self._disjoint(spec)) if spec.protocol == "disjoint" else None
 
     def reuse(self, spec: EpisodeSpec, episodes: int) -> float | None:
-        distinct = sum(self.counts[classes[0]] for classes in self._kin())
+        distinct = sum(self.counts[classes[0]] for classes in self._kin)
         return episodes * spec.ways * (spec.shots + spec.test_shots) / distinct
 
     def class_count(self) -> int:
@@ -244,6 +244,7 @@ class ClassSource(Source):
         found: npt.NDArray[np.int64] = np.searchsorted(self._starts, firsts, side="right") - 1
         return found
 
+    @cached_property
     def _kin(self) -> list[list[int]]:
         """The classes, those together that share their originals."""
         kin: dict[int, list[int]] = {}
@@ -263,7 +264,7 @@ class ClassSource(Source):
         if spec not in self._arranged:
             size = spec.shots + spec.test_shots
             hands: list[list[npt.NDArray[np.int64]]] = [[] for _ in self.counts]
-            for classes in self._kin():
+            for classes in self._kin:
                 first, count = classes[0], int(self._counts[classes[0]])
                 words = spec.words(first, count)
                 order = np.argsort(words, kind="stable")
