@@ -18,4 +18,5 @@ class ANIL(MAML):
     summary = "MAML that adapts the head alone (Raghu et al. 2020)"
 
     def adapted(self) -> list[str]:
-        return head_names(self.model)
+        head = head_names(self.model)
+        return [name for name in super().adapted() if name in head]

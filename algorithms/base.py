@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import inspect
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from algorithms.batched import BatchedInnerLoop
 from algorithms.inner_loop import (
@@ -28,7 +28,7 @@ from algorithms.inner_loop import (
     UnsupportedError,
 )
 from algorithms.losses import task_losses, task_metrics
-from algorithms.normalisation import MODES
+from algorithms.normalisation import MODES, copied
 from algorithms.precision import PRECISIONS, products_in
 
 Batch = Mapping[str, Sequence[Tensor]]
@@ -92,6 +92,9 @@ class Algorithm(ABC):
         network: what the inner loop runs: the model, or a structure over its parameters.
         meta_parameters: the network's parameters that are meta-learned, by name.
         beside: what is meta-learned beside the network's parameters, by name.
+        task_seeds: seeds of the mini-batches that are drawn for each task of the batches to come,
+            so that they do not hang on which process has the task; None, its value otherwise, draws
+            them from torch's generator.
         progress: share of the meta-training that is done, from 0 to 1; a training loop sets it for
             algorithms that anneal, to which 1, its value otherwise, means the end.
         proximal: lambda of :class:`algorithms.inner_loop.InnerLoop`: how strongly the inner steps
@@ -100,7 +103,8 @@ class Algorithm(ABC):
         engine_reason: why ``"auto"`` came to ``"higher"``, in one line; else empty.
 
     Raises:
-        AlgorithmError: a hyperparameter out of its range, or a model without parameters.
+        AlgorithmError: a hyperparameter out of its range, a model without parameters, or names in
+            its ``outer_only`` that are none of theirs.
     """
 
     name: ClassVar[str]
@@ -114,6 +118,7 @@ class Algorithm(ABC):
     others are, but they are no settings of it."""
     progress: float = 1.0
     proximal: float = 0.0
+    task_seeds: Sequence[int] | None = None
 
     def __init__(
         self,
@@ -146,6 +151,7 @@ class Algorithm(ABC):
         self.precision = precision
         if not any(value.requires_grad for value in model.parameters()):
             raise AlgorithmError("the model has no parameters that require a gradient")
+        _check_outer_only(model)
         self.network = self.made_network()
         self.meta_parameters: dict[str, nn.Parameter] = {
             name: value for name, value in self.network.named_parameters() if value.requires_grad
@@ -323,12 +329,15 @@ class Algorithm(ABC):
     @contextmanager
     def _computing(self, tasks: Tasks) -> Iterator[None]:
         precision = products_in(self.precision, tasks.query_inputs.device)
-        with precision, self.inner_loop.computing():
+        # Of torch's kernels for attention this one alone can be differentiated twice.
+        attention = sdpa_kernel(SDPBackend.MATH)
+        with precision, attention, self.inner_loop.computing():
             yield
 
     def _prepare(self, tasks: Tasks) -> None:
         try:
-            self.inner_loop.prepare(tasks)
+            with products_in("float32", tasks.query_inputs.device):
+                self.inner_loop.prepare(tasks)
         except UnsupportedError as objection:
             self._yield_to_higher(str(objection))
             self._prepare(tasks)
@@ -343,7 +352,10 @@ class Algorithm(ABC):
         if size is None or size >= support:
             return tasks
         if generator is None:
-            drawn = torch.stack([_cycled(support, size, steps, None) for _ in range(len(tasks))])
+            own: Sequence[torch.Generator | None] = [None] * len(tasks)
+            if self.task_seeds is not None:
+                own = [torch.Generator().manual_seed(seed) for seed in self.task_seeds]
+            drawn = torch.stack([_cycled(support, size, steps, each) for each in own])
         else:
             # The same draws for every task: they may not depend on how tasks are put into batches,
             # and the order of samples within a class is random already.
@@ -372,7 +384,10 @@ def replaced(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
         return new
     # What is known to deepcopy as copied already stays what it is.
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, {**shared, id(old): new})
+    try:
+        return copied(model, {**shared, id(old): new})
+    except ValueError as error:
+        raise AlgorithmError(str(error)) from error
 
 
 def _scores(outputs: Tensor, tasks: Tasks) -> Scores:
@@ -393,6 +408,16 @@ def _positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < float("inf"):
             raise AlgorithmError(f"{name} is {value}; it must be positive")
+
+
+def _check_outer_only(model: nn.Module) -> None:
+    outer_only = getattr(model, "outer_only", ())
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if isinstance(outer_only, str) or not names.issuperset(outer_only):
+        raise AlgorithmError(
+            f"outer_only is {outer_only!r}; it must be names of the model's parameters, such as "
+            f"{min(names)!r}"
+        )
 
 
 def _one_of(known: Sequence[str], **values: str) -> None:

@@ -30,7 +30,15 @@ from algorithms.batched_layers import (
     TaskSequential,
     TaskWeights,
 )
-from algorithms.inner_loop import Fast, InnerLoop, Rate, Tasks, UnsupportedError, undisturbed
+from algorithms.inner_loop import (
+    Fast,
+    InnerLoop,
+    Rate,
+    Tasks,
+    UnsupportedError,
+    alike,
+    undisturbed,
+)
 from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskLayer]] = {
@@ -142,14 +150,14 @@ class BatchedInnerLoop(InnerLoop):
     def _vet(self, tasks: Tasks) -> None:
         """See, too, that the model's own code runs on several tasks at once and mixes none."""
         self._widest = self._vetted_width(tasks)
-        self._check_reach(self.norm.model, tasks)
 
     def _vetted_width(self, tasks: Tasks) -> int:
         """Elements of a sample's widest activation, in a model that is seen to be supported.
 
-        Two sets of samples go through the initial model side by side, and the first alone; and, as
-        in training, the first beside another one and beside itself, with the same noise. Outputs
-        that differ tell of code that mixes the samples of a batch.
+        Two sets of samples go through it side by side, each at weights of its own, and give what
+        they give the user's own model alone; and, as in training, the first beside another one and
+        beside itself, with the same noise. Outputs that differ tell of code that mixes the samples
+        of a batch, or the tasks that they are of, or looks at the types of modules.
         """
         sets = tasks.support_inputs[:2]
         if len(sets) < 2:
@@ -162,11 +170,9 @@ class BatchedInnerLoop(InnerLoop):
             if isinstance(layer, TaskLayer)
         ]
         try:
-            alone, together = self._initial_outputs(sets[:1]), self._initial_outputs(sets)
+            faithful = self._faithful(self.norm.model, sets)
             beside_itself = torch.cat([sets[:1], sets[:1]])
-            training, by_itself = (
-                self._initial_outputs(each, training=True) for each in (sets, beside_itself)
-            )
+            training, by_itself = (self._in_training(each) for each in (sets, beside_itself))
         except Exception as error:  # whatever the model's own code raises
             if self._weights.channels_last:  # a view may need the order that its author had
                 self._weights.channels_last = False
@@ -178,21 +184,19 @@ class BatchedInnerLoop(InnerLoop):
         finally:
             for hook in hooks:
                 hook.remove()
-        tolerance = torch.finfo(alone.dtype).eps ** 0.5
-        for found, expected in ((together, alone), (training, by_itself)):
-            found, expected = found[:1], expected[:1]
-            bound = tolerance * float(expected.abs().max())
-            if not torch.allclose(found, expected, rtol=tolerance, atol=bound, equal_nan=True):
-                raise UnsupportedError(
-                    "the model's forward mixes the samples of a batch outside batch normalisation"
-                )
-        return max(widths)
+        if not (faithful and alike(training[:1], by_itself[:1])):
+            self._check_reach(self.norm.model, tasks)
+            raise UnsupportedError(
+                "the model's forward mixes the samples of a batch outside batch normalisation, or "
+                "looks at the types of its modules"
+            )
+        return max(widths, default=1)
 
     @torch.no_grad()
-    def _initial_outputs(self, inputs: Tensor, *, training: bool = False) -> Tensor:
-        """Outputs at theta, with the noise of the moment if as in training."""
+    def _in_training(self, inputs: Tensor) -> Tensor:
+        """Outputs at theta, with the noise of the moment."""
         with undisturbed(self.norm.model):
-            self.norm.model.train(training)
+            self.norm.model.train(True)
             self.norm.start(False)
             return self.forward(self.initial(len(inputs), create_graph=False), inputs)
 
@@ -211,7 +215,7 @@ class BatchedInnerLoop(InnerLoop):
         self, fast: Fast, inputs: Tensor, *, groups: int = 1, counted: int | None = None
     ) -> Tensor:
         tasks = len(inputs)
-        self.norm.count(groups, counted)
+        self.norm.count(inputs.shape[1], groups, counted)
         self._weights.fast, self._weights.tasks = fast, tasks
         try:
             outputs: Tensor = self.norm.model(inputs.flatten(0, 1))

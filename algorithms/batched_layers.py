@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from algorithms.inner_loop import generator_state
 from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
 from algorithms.task_convolutions import Window, convolution
 from algorithms.task_normalisation import normalise
@@ -139,7 +140,7 @@ class TaskBatchNorm(TaskLayer):
         rows = inputs.movedim(1, -1)
         grouped = rows.reshape(tasks * given.groups, -1, rows.shape[-1])
         if given.running or given.counted is not None:
-            outputs = self._by_given(grouped, rows.shape[1:-1].numel())
+            outputs = self._by_given(grouped)
             outputs = outputs.relu() if relu else outputs
         else:
             if given.gather:
@@ -149,7 +150,7 @@ class TaskBatchNorm(TaskLayer):
             )
         return self.weights.laid_out(outputs.view(rows.shape).movedim(-1, 1))
 
-    def _by_given(self, grouped: Tensor, space: int) -> Tensor:
+    def _by_given(self, grouped: Tensor) -> Tensor:
         """Normalised by running averages, or by the statistics of a group's first samples."""
         if self.statistics.running:
             assert self.averages.mean is not None
@@ -157,7 +158,7 @@ class TaskBatchNorm(TaskLayer):
             mean, var = self.averages.mean, self.averages.var
         else:
             assert self.statistics.counted is not None
-            counted = grouped[:, : self.statistics.counted * space]
+            counted = grouped[:, : int(self.statistics.counted * grouped.shape[1])]
             mean = counted.mean(1, keepdim=True)
             var = (counted - mean).square().mean(1, keepdim=True)
         normalised = (grouped - mean) * torch.rsqrt(var + self.eps)
@@ -281,9 +282,9 @@ class FixedPart:
             sound = outputs._version == version
             if sound and kept_key == key and all(one is other for one, other in same):
                 return outputs
-        before = _generator_state(inputs.device)
+        before = generator_state(inputs.device)
         outputs = self.forward(inputs)
-        silent = torch.equal(before, _generator_state(inputs.device))  # no noise such as dropout's
+        silent = torch.equal(before, generator_state(inputs.device))  # no noise such as dropout's
         if silent and isinstance(outputs, Tensor):
             kept = (key, used, outputs, outputs._version)
             self.kept = [*self.kept, kept][-self.kept_at_most :]
@@ -292,12 +293,6 @@ class FixedPart:
     def forget(self) -> None:
         """Let go of what was kept."""
         self.kept = []
-
-
-def _generator_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
 
 
 def products(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -21,12 +21,13 @@ class CAVIA(MAML):
     phi_i = phi - alpha grad_phi L_support_i(phi, theta) (equation 2); the meta-gradient is
     grad_theta of the mean of L_query_i(phi_i, theta) (equation 3), through those steps.
 
-    The context enters the network as it does in the paper's classifiers (section 3.4): it scales
+    The context enters the network where it does in the paper's classifiers (section 3.4): it scales
     and shifts the channels of one layer, FiLM(h) = (1 + gamma) h + beta, with gamma and beta linear
     in phi. The layer is the one before the body's last weights: behind the third convolution of
     four and its batch norm, and behind the first hidden layer of two, where a shift is what the
     paper's regression has, a context put beside the inputs. The linear map is meta-learned; its
-    weights start at the same random values in every training, and its biases at zero.
+    weights start as torch's, and its biases at zero, so that phi = 0 changes nothing. (The paper's
+    code has gamma h + beta, and biases that start as torch's too.)
 
     Args:
         model: any module, as for :class:`algorithms.Algorithm`, with layers before its head whose
@@ -77,9 +78,7 @@ class FiLM(nn.Module):
     def __init__(self, channels: int, contexts: int) -> None:
         super().__init__()
         self.context = nn.Embedding(1, contexts, _weight=torch.zeros(1, contexts))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.generator = nn.Linear(contexts, 2 * channels)
+        self.generator = nn.Linear(contexts, 2 * channels)
         nn.init.zeros_(self.generator.bias)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -92,17 +92,17 @@ class FineTune(Algorithm):
         return head
 
     def adapted(self) -> list[str]:
-        return head_names(self.network)
+        head = head_names(self.network)
+        named = self.network.named_parameters()
+        return [name for name, value in named if name in head and value.requires_grad]
 
     def classifier(self) -> dict[str, nn.Parameter]:
-        """W_b: the same random weights in every training, drawn as ``nn.Linear`` draws them, and
-        biases of zero."""
+        """W_b: weights drawn as ``nn.Linear`` draws them, and biases of zero."""
         like = self.linear_head().weight
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            drawn = nn.Linear(like.shape[1], self.train_classes).to(like)
+        drawn = nn.Linear(like.shape[1], self.train_classes).to(like)
         nn.init.zeros_(drawn.bias)
-        return {_of_classifier(name): getattr(drawn, _leaf(name)) for name in self.adapted()}
+        names = head_names(self.network)
+        return {_of_classifier(name): getattr(drawn, _leaf(name)) for name in names}
 
     def meta_backward(self, batch: Batch) -> Scores:
         if "classes" not in batch:
@@ -129,7 +129,7 @@ class FineTune(Algorithm):
     def with_classifier(self, tasks: int) -> Fast:
         """theta for so many tasks, with W_b in the head's place."""
         theta = self.inner_loop.initial(tasks, create_graph=True)
-        for name in self.adapted():
+        for name in head_names(self.network):
             shared = self.beside[_of_classifier(name)]
             theta[name] = shared.expand(tasks, *shared.shape)
         return theta

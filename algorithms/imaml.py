@@ -139,7 +139,7 @@ def _gradients(
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Of each task: ``(tasks,)``."""
-    products = [(x * y).flatten(1).sum(1) for x, y in zip(a, b, strict=True)]
+    products = [(x * y).reshape(len(x), -1).sum(1) for x, y in zip(a, b, strict=True)]
     return torch.stack(products).sum(0)
 
 

@@ -43,6 +43,20 @@ class ModelError(ValueError):
     """No engine computes with a model what it says; the message is one line and says why."""
 
 
+def generator_state(device: torch.device) -> Tensor:
+    """That of torch's generator for a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether outputs of two ways to compute the same differ by no more than rounding."""
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    bound = tolerance * float(expected.abs().max())
+    return torch.allclose(found, expected, rtol=tolerance, atol=bound, equal_nan=True)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Forward passes within leave no trace in a model's modes and buffers, nor in generators."""
@@ -86,12 +100,17 @@ class Tasks:
 
     @classmethod
     def of(cls, batch: Mapping[str, Sequence[Tensor]], like: Tensor) -> Tasks:
-        """A torchmeta batch's tasks, on the device and in the dtype of ``like``."""
+        """A torchmeta batch's tasks, on the device and in the dtype of ``like``; inputs that are
+        indices stay such."""
 
         def half(name: str) -> tuple[Tensor, Tensor]:
             inputs, targets = batch[name]
+            indices = inputs.dtype in (torch.int32, torch.int64)  # as an embedding takes them
             dtype = like.dtype if targets.is_floating_point() else torch.int64
-            return inputs.to(like), targets.to(like.device, dtype)
+            return (
+                inputs.to(like.device, inputs.dtype if indices else like.dtype),
+                targets.to(like.device, dtype),
+            )
 
         return cls(*half("train"), *half("test"))
 
@@ -159,6 +178,7 @@ class InnerLoop(ABC):
         self.optimizer = optimizer
         self.clip = clip
         self.proximal = proximal
+        self.own = model
         self.norm = EpisodicNorm(model, norm)
         self.parameters: dict[str, Tensor] = dict(self.norm.model.named_parameters())
         self._vetted = False
@@ -243,6 +263,8 @@ class InnerLoop(ABC):
         with undisturbed(model), torch.enable_grad():
             self.train(False)
             outputs = self.forward(self.initial(1, create_graph=False), tasks.support_inputs[:1])
+            if not outputs.requires_grad:
+                return
             found = torch.autograd.grad(outputs.sum(), list(own.values()), allow_unused=True)
         for name, gradient in zip(own, found, strict=True):
             if gradient is not None:
@@ -250,6 +272,37 @@ class InnerLoop(ABC):
                     f"the model's forward reaches {name} past its modules, as by a Python list or "
                     "a closure, where it cannot adapt; put them in nn.ModuleList, or use attributes"
                 )
+
+    @torch.no_grad()
+    def _faithful(self, model: nn.Module, sets: Tensor) -> bool:
+        """Whether each of some tasks, with samples ``(tasks, n, ...)`` and weights that no other
+        task has, gets the outputs that the user's own model gives it at these weights."""
+        generator = torch.Generator().manual_seed(0)
+
+        def scattered(value: Tensor) -> Tensor:
+            size = 0.1 * float(value.square().mean().sqrt()) or 0.1
+            noise = torch.randn(len(sets), *value.shape, generator=generator)
+            return value + size * noise.to(value)
+
+        fast = {name: scattered(value) for name, value in self.parameters.items()}
+        with undisturbed(model):
+            self.train(False)
+            found = self.forward(fast, sets)
+        expected = []
+        for task, samples in enumerate(sets):
+            with undisturbed(self.own):
+                for module in self.own.modules():
+                    # By the statistics of the batch in hand, as all modes but one normalise it.
+                    normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                    module.training = normalises and self.norm.mode != "running"
+                weights = {name: value[task] for name, value in fast.items()}
+                before = generator_state(samples.device)
+                outputs: Tensor = torch.func.functional_call(self.own, weights, (samples,))
+                silent = torch.equal(before, generator_state(samples.device))
+            expected.append(outputs)
+            if not silent:  # noise is drawn for the first task alike, and for others after it
+                break
+        return alike(found[: len(expected)], torch.stack(expected))
 
     def computing(self) -> AbstractContextManager[None]:
         """To be in while passes of such tasks as :meth:`prepare` was given are computed."""
@@ -305,7 +358,12 @@ class HigherInnerLoop(InnerLoop):
             yield fast
 
     def _vet(self, tasks: Tasks) -> None:
-        self._check_reach(self._functional, tasks)
+        if not self._faithful(self._functional, tasks.support_inputs[:1]):
+            self._check_reach(self._functional, tasks)
+            raise ModelError(
+                "the model's forward gives something else in the inner loop than by itself; does "
+                "it look at the types of its modules?"
+            )
 
     def train(self, training: bool) -> None:
         self._functional.train(training)
@@ -314,9 +372,13 @@ class HigherInnerLoop(InnerLoop):
     def forward(
         self, fast: Fast, inputs: Tensor, *, groups: int = 1, counted: int | None = None
     ) -> Tensor:
-        self.norm.count(groups, counted)
+        self.norm.count(inputs.shape[1], groups, counted)
+        weights = [value[0] for value in fast.values()]
+        # The call hands them to each module whose own forward is called; a parent may read a
+        # module's weights without calling it, as attention does.
+        self._functional.update_params(weights)
         try:
-            outputs: Tensor = self._functional(inputs[0], params=[v[0] for v in fast.values()])
+            outputs: Tensor = self._functional(inputs[0], params=weights)
         finally:
             self._functional.update_params(self._idle)
         return outputs[None]

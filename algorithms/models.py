@@ -11,7 +11,8 @@ adapting in the inner loop (``outer_only``), as in that code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -130,9 +131,20 @@ def build(name: str, sample_shape: tuple[int, ...], outputs: int, seed: int) -> 
     images = name.startswith("conv4")
     if images and (len(sample_shape) != 3 or (name == "conv4_pool" and min(sample_shape[1:]) < 16)):
         raise AlgorithmError(f"{name} does not fit samples of shape {sample_shape}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing(seed):
         return MODELS[name](sample_shape, outputs)
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """What is drawn on the CPU within is a function of the seed; torch's generator, and those of
+    other devices, are left as they were."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def _glorot(model: EpisodicNet) -> EpisodicNet:

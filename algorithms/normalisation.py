@@ -14,7 +14,8 @@ that the choice moves accuracy by more than most algorithms do:
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from fractions import Fraction
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +44,15 @@ class Statistics:
 
     Attributes:
         groups: how many independent groups the batch is made of, side by side.
-        counted: how many samples of each group, from its first, are counted; None counts all.
+        counted: the share of each group's rows, from its first, that is counted: as of its samples,
+            of which a model may make several rows each; None counts all.
         running: normalise by the running averages instead.
         gather: note each layer's batch statistics, for the running averages.
     """
 
     def __init__(self) -> None:
         self.groups = 1
-        self.counted: int | None = None
+        self.counted: Fraction | None = None
         self.running = False
         self.gather = False
 
@@ -80,7 +82,8 @@ class EpisodicBatchNorm(nn.Module):
         if given.groups == 1 and given.counted is None:
             return F.batch_norm(inputs, None, None, self.weight, self.bias, True, 0.0, self.eps)
         grouped = inputs.view(given.groups, -1, *inputs.shape[1:])
-        counted = grouped[:, : given.counted]
+        share = given.counted
+        counted = grouped if share is None else grouped[:, : int(share * grouped.shape[1])]
         samples_and_space = (1, *range(3, grouped.dim()))
         var, mean = torch.var_mean(counted, samples_and_space, correction=0, keepdim=True)
         outputs = ((grouped - mean) * torch.rsqrt(var + self.eps)).view_as(inputs)
@@ -129,6 +132,19 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def copied(model: nn.Module, already: dict[int, Any]) -> nn.Module:
+    """A deep copy of a model; what is in ``already`` by its id is taken from there.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, already)
+    except RuntimeError as error:  # a tensor with a graph behind it, as an attribute
+        line = " ".join(str(error).split())
+        raise ValueError(f"the model cannot be copied: {line}") from error
+
+
 class EpisodicNorm:
     """One model's batch normalisation in one mode.
 
@@ -141,8 +157,8 @@ class EpisodicNorm:
             batch-norm layers replaced.
 
     Raises:
-        ValueError: an unknown mode, ``running`` where a layer keeps no running averages, or batch
-            normalisation with a forward or hooks of its own.
+        ValueError: a model that cannot be copied, an unknown mode, ``running`` where a layer keeps
+            no running averages, or batch normalisation with a forward or hooks of its own.
     """
 
     def __init__(self, model: nn.Module, mode: str) -> None:
@@ -151,7 +167,7 @@ class EpisodicNorm:
         self.mode = mode
         self.statistics = Statistics()
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model = self._replace(copy.deepcopy(model, shared), {})
+        self.model = self._replace(copied(model, shared), {})
         self.layers = [m for m in self.model.modules() if isinstance(m, EpisodicBatchNorm)]
         if mode == "running" and any(layer.averages.mean is None for layer in self.layers):
             raise ValueError("norm 'running' needs batch norm with track_running_stats=True")
@@ -183,9 +199,10 @@ class EpisodicNorm:
         for layer in self.layers:
             layer.averages.move()
 
-    def count(self, groups: int, counted: int | None) -> None:
-        """Say which samples of the forward pass to come have their statistics taken."""
-        self.statistics.groups, self.statistics.counted = groups, counted
+    def count(self, samples: int, groups: int, counted: int | None) -> None:
+        """Say which of a task's samples have their statistics taken in the forward pass to come."""
+        self.statistics.groups = groups
+        self.statistics.counted = None if counted is None else Fraction(counted * groups, samples)
 
     def query(self, forward: Forward, support: Tensor, query: Tensor) -> Tensor:
         """Outputs for query sets, normalised as the mode says.

@@ -50,11 +50,11 @@ def verify(
         here = {**settings, "engine": each}
         if each == "higher" and here.get("checkpoint_inner"):
             here["checkpoint_inner"] = False
-        algorithm = create(name, twin, **here)
-        if state is not None:
-            algorithm.load_state_dict(state)
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
+            algorithm = create(name, twin, **here)
+            if state is not None:
+                algorithm.load_state_dict(state)
             algorithm.meta_backward(batch)
         parts = [p.grad.flatten() for p in algorithm.parameters() if p.grad is not None]
         gradients.append(torch.cat(parts) if parts else torch.zeros(1).double())

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m bench run ...
 
 Each process takes its part of every meta-batch and of every evaluation, by the episodes' addresses,
-so that together they see what one process would; the mean of their gradients is the same gradient.
+so that together they see what one process would; the mean of their gradients is the same gradient
+(of a model that draws noise, such as dropout's, with other noise).
 Process 0 leads: it alone reads and writes the run's folder, shows progress and measures. The others
 follow: they train and evaluate the cells that it names, from the state that it sends.
 """

@@ -94,8 +94,9 @@ def save(figure: Figure, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.is_symlink():  # to a place that is not this run's
         raise OSError(errno.ELOOP, f"{path.parent.name} is a link to elsewhere")
-    figure.draw_without_rendering()  # laid out once for both: with many panels that takes longest
-    figure.set_layout_engine("none")
+    if engine := figure.get_layout_engine():  # once for both: with many panels it takes longest
+        engine.execute(figure)
+        figure.set_layout_engine(None)  # "none" would keep one, for which savefig draws twice
     bounds = figure.get_tightbbox().padded(MARGIN_INCHES)
     written = []
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):

@@ -60,7 +60,8 @@ def build(cell: Cell, source: Source) -> Algorithm:
     model_name = cell.model or models.usual(source.sample_shape)
     seed = stream_seed("initialisation", cell.seed)
     model = models.build(model_name, source.sample_shape, outputs, seed).to(cell.device)
-    return algorithms.create(cell.algorithm, model, **hyperparameters(cell, source))
+    with models.drawing(stream_seed("initialisation beside the model", cell.seed)):
+        return algorithms.create(cell.algorithm, model, **hyperparameters(cell, source))
 
 
 def hyperparameters(cell: Cell, source: Source) -> dict[str, Any]:
@@ -167,14 +168,18 @@ class _Training:
     def step(self, batches: EpisodeLoader, iteration: int) -> Progress:
         """One meta-step: the outer optimizer on the meta-gradient of one batch."""
         cell, team = self.cell, self.team
-        # What an algorithm draws itself (mini-batches, dropout) is a function of the iteration, so
-        # that a training that was interrupted draws the same; each process draws for its own tasks.
+        # What an algorithm draws itself is a function of the iteration, so that a training that was
+        # interrupted draws the same. Mini-batches are one of the task, too; noise such as dropout's
+        # is drawn by each process for its own tasks.
         member = (team.rank,) if team.rank else ()
         _seed(stream_seed("meta-step", cell.seed, iteration, *member), cell.device)
         began = time.perf_counter()
         self.algorithm.progress = iteration / cell.iterations
         first = iteration * cell.meta_batch
         mine = team.part(range(first, first + cell.meta_batch))
+        if self.algorithm.inner_batch is not None:
+            seeds = [stream_seed("mini-batches", cell.seed, episode) for episode in mine]
+            self.algorithm.task_seeds = seeds
         scores = self.algorithm.meta_backward(batches.source.batch(batches.spec, mine))
         share = len(mine) / cell.meta_batch
         team.average(self.algorithm.model, self.algorithm.parameters(), share)

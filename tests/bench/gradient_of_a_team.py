@@ -14,9 +14,11 @@ torch.manual_seed(1)
 assert team.agrees("the same")
 assert team.agrees(f"{team.rank}") == (team.size == 1)
 model = derivation.Net().double()
-algorithm = algorithms.create(name, model, inner_lr=0.3, inner_steps=2, norm=norm)
+settings = {"inner_lr": 0.3, "inner_steps": 2, "norm": norm}
+algorithm = algorithms.create(name, model, inner_batch=4, **settings)
 batch = derivation.make_batch(tasks=5)
 mine = list(team.part(range(5)))
+algorithm.task_seeds = mine
 algorithm.meta_backward({half: [part[mine] for part in pair] for half, pair in batch.items()})
 team.average(model, algorithm.parameters(), len(mine) / 5)
 if team.rank == 0:

@@ -45,7 +45,10 @@ def test_one_process_is_a_team(tmp_path: Path) -> None:
     assert ALONE.told("word") == "word"
 
 
-@pytest.mark.parametrize(("name", "norm"), [("maml", "running"), ("anil", "transductive")])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("maml", "running"), ("anil", "transductive"), ("reptile", "transductive")],
+)
 def test_two_processes_have_the_gradient_of_one(name: str, norm: str, tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):

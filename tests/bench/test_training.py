@@ -182,3 +182,19 @@ def test_initialisation_does_not_depend_on_the_algorithm(cell: Cell, splits) -> 
     start = weights(build(cell, splits[0]))
     assert torch.equal(start, weights(build(other, splits[0])))
     assert not torch.equal(start, weights(build(seeded, splits[0])))
+
+
+def test_what_an_algorithm_draws_beside_its_model_is_a_function_of_the_seed(
+    cell: Cell, splits
+) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (
+        build(
+            cell.model_copy(update={"algorithm": "cavia", "hyperparameters": {}, "seed": seed}),
+            splits[0],
+        ).beside["film.weight"]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
