@@ -23,7 +23,7 @@ from bench.files import write_text
 from bench.measure import STEP
 from bench.overall import Aggregate, Block, Ranks, aggregate, rank, said_p
 from bench.plots import save
-from bench.progress import reuse_notes
+from bench.progress import decimals, reuse_notes
 from bench.rankings import holm
 from bench.reading import read_performance
 from bench.stats import (
@@ -43,7 +43,8 @@ from bench.stats import (
     seeds_to_resolve,
 )
 from bench.store import PERFORMANCE, Record, Run, in_threads
-from bench.sweep import Cell, said
+from bench.sweep import Cell, said, told_apart, varied
+from bench.sweep import names as cell_names
 
 ALPHA = 0.05
 TUNED = frozenset(
@@ -189,9 +190,10 @@ def damage_notes(folder: Path, damaged: Sequence[str]) -> list[str]:
     return [f"skipped, for they are damaged: {names} in {folder}; the same 'run' makes them again"]
 
 
-def left_out_notes(folder: Path) -> list[str]:
-    """A line that names the cells that came to nothing, if there are any."""
-    lost = Run(folder).left_out()
+def left_out_notes(folder: Path, results: Sequence[Result]) -> list[str]:
+    """A line that names the cells of a run, with these results, that came to nothing, if there are
+    any."""
+    lost = Run(folder).left_out([result.cell for result in results])
     if not lost:
         return []
     more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
@@ -235,15 +237,24 @@ class Entrant:
             | {name: digest for name, digest in self.any.data.items() if digest}
         )
 
+    @property
+    def row(self) -> dict[str, Any]:
+        """The algorithm and the settings, as :func:`bench.sweep.told_apart` takes them."""
+        own = {name: value for name, value in self.settings.items() if name not in COUNTS}
+        return {"algorithm": self.algorithm, **own}
+
 
 def entrants(results: Iterable[Result]) -> list[Entrant]:
     """Results put together that differ in nothing but the seed; of equal ones, the first stays."""
     groups: dict[tuple[Any, ...], dict[int, Result]] = {}
     for result in results:
-        cell = result.cell
-        key = (cell.seedless_id, result.record.source, *result.data.values())
-        groups.setdefault(key, {}).setdefault(cell.seed, result)
+        groups.setdefault(_likeness(result), {}).setdefault(result.cell.seed, result)
     return [Entrant(by_seed) for by_seed in groups.values()]
+
+
+def _likeness(result: Result) -> tuple[Any, ...]:
+    """What results that differ in nothing but the seed share."""
+    return (result.cell.seedless_id, result.record.source, *result.data.values())
 
 
 def differing(a: Entrant, b: Entrant) -> dict[str, tuple[Any, Any]]:
@@ -252,37 +263,19 @@ def differing(a: Entrant, b: Entrant) -> dict[str, tuple[Any, Any]]:
     return {name: (x[name], y[name]) for name in x if name in y and x[name] != y[name]}
 
 
-def telling(field: Sequence[Entrant]) -> dict[Entrant, list[str]]:
-    """The settings that tell each entrant from its namesakes at its place."""
-    namesakes: dict[tuple[Any, ...], list[Entrant]] = {}
-    for entrant in field:
-        key = (entrant.algorithm, entrant.place, entrant.any.cell.device)
-        namesakes.setdefault(key, []).append(entrant)
-    return {
-        entrant: [name for name in _varied(group) if name in entrant.settings]
-        for group in namesakes.values()
-        for entrant in group
-    }
-
-
-def _varied(group: Sequence[Entrant]) -> list[str]:
-    """The settings in which any two of a group differ."""
-    firsts: dict[str, Any] = {}
-    found = set()
-    for entrant in group:
-        for name, value in entrant.settings.items():
-            if name not in COUNTS and firsts.setdefault(name, value) != value:
-                found.add(name)
-    return sorted(found)
-
-
-def labels(field: Sequence[Entrant]) -> dict[Entrant, str]:
-    """A name for each entrant: its algorithm's, with what tells it from namesakes at its place."""
-    names = {}
-    for entrant, settings in telling(field).items():
-        own = ", ".join(f"{name} {said(entrant.settings[name])}" for name in settings)
-        names[entrant] = f"{entrant.algorithm} ({own})" if own else entrant.algorithm
-    return names
+def labels(
+    field: Sequence[Entrant], lost: Sequence[Cell] = ()
+) -> tuple[dict[Entrant, str], list[str]]:
+    """A name for each entrant, and for each cell that came to nothing: the algorithm's, with what
+    tells it from its namesakes among all of them."""
+    rows = [entrant.row for entrant in field]
+    for cell in lost:  # which engine would have run is not known
+        rows.append({n: v for n, v in cell.row().items() if (n, v) != ("engine", "auto")})
+    names = [
+        f"{row['algorithm']} ({own})" if own else row["algorithm"]
+        for row, own in zip(rows, told_apart(rows), strict=True)
+    ]
+    return dict(zip(field, names, strict=False)), names[len(field) :]
 
 
 # Entrants -> rows
@@ -298,7 +291,8 @@ class Row:
         p, p_holm: of Student's t (over seeds: the p value of the interval), alone and corrected
             over all comparisons of the table.
         p_wilcoxon, p_permutation: of two tests with fewer assumptions, where there is one seed,
-            and `..._holm`, corrected likewise.
+            and `..._holm`, corrected likewise. The permutation test's 10,000 draws give no p below
+            0.0001, so that in a table of more than 500 pairs it finds nothing.
         effect: Cohen's d_z.
         seeds, episodes: how many both have.
         over: what the interval speaks of: ``episodes``, these trained models on new tasks, or
@@ -370,8 +364,9 @@ class Row:
             values = [-self.difference, -self.high, -self.low]
         over = f"over {getattr(self, self.over):,} {self.over}"
         if self.metric == "accuracy":
+            digits = decimals(self.metric, (self.high - self.low) / 2)
             mean, low, high = (100 * value for value in values)
-            return f"{mean:+.1f} points [{low:.1f}, {high:.1f}] {over}"
+            return f"{mean:+.{digits}f} points [{low:.{digits}f}, {high:.{digits}f}] {over}"
         mean, low, high = values
         return f"{mean:+.3g} {self.metric} (lower is better) [{low:.3g}, {high:.3g}] {over}"
 
@@ -403,7 +398,7 @@ class Row:
 
 def _times(ratio: float) -> str:
     """To three digits, or two below 1, of which none is lost to a ratio's being small."""
-    if ratio >= 1000:
+    if ratio >= 999.5:
         return f"{ratio:,.0f}"
     return f"{ratio:#.{3 if ratio >= 1 else 2}g}".rstrip(".")
 
@@ -476,18 +471,29 @@ def compare(folders: Sequence[Path], accept_changed_code: bool = False) -> Compa
         BenchError: a folder without results, cells of different source, or nothing to compare.
     """
     results: list[Result] = []
+    lost: list[Cell] = []
     notes: list[str] = []
     for folder in folders:
         found, damaged = read(folder)
         results += found
-        notes += [*damage_notes(folder, damaged), *left_out_notes(folder)]
-    return compared(results, notes, accept_changed_code)
+        lost += Run(folder).lost()
+        notes += [*damage_notes(folder, damaged), *left_out_notes(folder, found)]
+    return compared(results, lost, notes, accept_changed_code)
 
 
 def compared(
-    results: Sequence[Result], notes: Sequence[str] = (), accept_changed_code: bool = False
+    results: Sequence[Result],
+    lost: Sequence[Cell] = (),
+    notes: Sequence[str] = (),
+    accept_changed_code: bool = False,
 ) -> Comparison:
     """Every pair of entrants among results that met the same test episodes.
+
+    Args:
+        results: of complete cells.
+        lost: cells that came to nothing, from which the others are told apart too.
+        notes: what a reader must know besides.
+        accept_changed_code: compare cells that different source made.
 
     Raises:
         BenchError: results of different source, or nothing to compare.
@@ -502,12 +508,14 @@ def compared(
     if len(sources) > 1:
         notes.append(f"these cells were made by different source code: {', '.join(sources)}")
     field = entrants(results)
-    names = labels(field)
+    names, _ = labels(field, lost)
+    notes += _twice(results, field, names)
+    results = [result for entrant in field for result in entrant.by_seed.values()]
     pairs, left_out = _pair_up(field, names)
     if not pairs:
         why = left_out[0] if left_out else f"all cells are of {field[0].algorithm}, set up alike"
         raise BenchError(f"there is nothing to compare: {why}")
-    own = TUNED - {name for settings in telling(field).values() for name in settings}
+    own = TUNED - set(varied(entrant.row for entrant in field))
     rows = [_row(a, b, names, own, ALPHA / len(pairs)) for a, b in pairs]
     notes += [*left_out, *_doubts(results), *_reuse(results)]
     device = main_device(field)
@@ -646,10 +654,33 @@ def _better(row: Row) -> str:
     return row.algorithm_a if a_leads else row.algorithm_b
 
 
+def _twice(
+    results: Iterable[Result], field: Sequence[Entrant], names: dict[Entrant, str]
+) -> list[str]:
+    """Seeds of entrants that are there again, with other scores: which run is named first decides
+    what is compared."""
+    kept = {
+        (*_likeness(result), result.cell.seed): (entrant, result)
+        for entrant in field
+        for result in entrant.by_seed.values()
+    }
+    found = []
+    for result in results:
+        entrant, first = kept[(*_likeness(result), result.cell.seed)]
+        if not np.array_equal(first.scores, result.scores):
+            dataset, ways, shots = entrant.place
+            found.append(
+                f"{names[entrant]} on {dataset} {ways}-way {shots}-shot seed {result.cell.seed} is "
+                "there again with other scores; the run that is named first is compared"
+            )
+    return found
+
+
 def _doubts(results: Sequence[Result]) -> list[str]:
     """Cells whose accuracies vary less than coin tosses would."""
+    names = cell_names(result.cell for result in results)
     return [
-        f"doubtful: {result.cell} varies less from episode to episode than chance allows"
+        f"doubtful: {names[result.cell.id]} varies less from episode to episode than chance allows"
         for result in results
         if result.metric == "accuracy"
         and below_floor(mean_interval(result.scores), result.cell.ways * result.cell.test_shots)

@@ -95,27 +95,44 @@ def pairs(task: Task, rows: Iterable[Row]) -> list[Row]:
 
 
 def level_with_best(task: Task, rows: Iterable[Row]) -> list[str]:
-    """The entry with the best mean, and those that were compared with it and not told apart."""
+    """The entry with the best mean, and those that were compared with it and that it does not
+    beat."""
+    return [task.rows["label"].iloc[0], *_level(task, rows), *_ahead(task, rows)]
+
+
+def _level(task: Task, rows: Iterable[Row]) -> list[str]:
+    """Entries not told apart from the one with the best mean."""
     best = task.rows["label"].iloc[0]
-    level = [best]
-    for row in pairs(task, rows):
-        both = (row.algorithm_a, row.algorithm_b)
-        if best in both and not row.better:
-            level.append(both[1] if both[0] == best else both[0])
-    return level
+    return [other for other, row in _against(best, pairs(task, rows)) if not row.better]
+
+
+def _ahead(task: Task, rows: Iterable[Row]) -> list[str]:
+    """Entries that are better than the one with the best mean, which is over seeds of its own, on
+    the seeds that both have."""
+    best = task.rows["label"].iloc[0]
+    return [other for other, row in _against(best, pairs(task, rows)) if row.better == other]
+
+
+def _against(label: str, rows: Iterable[Row]) -> list[tuple[str, Row]]:
+    """What an entry was compared with, and how that ended."""
+    found = []
+    for row in rows:
+        both = [row.algorithm_a, row.algorithm_b]
+        if label in both:
+            both.remove(label)
+            found.append((both[0], row))
+    return found
 
 
 def verdict(task: Task, rows: Sequence[Row]) -> Verdict:
     """What a task's entries and their comparisons come to."""
     first = task.rows.iloc[0]
     best = first["label"]
-    level = level_with_best(task, rows)[1:]
-    beaten = [
-        row.algorithm_b if row.better == row.algorithm_a else row.algorithm_a
-        for row in pairs(task, rows)
-        if row.better == best
-    ]
+    level, ahead = _level(task, rows), _ahead(task, rows)
+    beaten = [other for other, row in _against(best, pairs(task, rows)) if row.better == best]
     lines = []
+    if ahead:
+        lines.append(f"Worse than {listed(_few(ahead))} on the seeds that both have.")
     if beaten:
         lines.append(f"Better than {listed(_few(beaten))}.")
     if level:

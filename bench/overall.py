@@ -54,6 +54,7 @@ class Ranks:
     settings: int
     ranking: Ranking
     unlike: list[str]
+    without: list[str]
 
     def sentence(self) -> str:
         """Mean ranks, best first, and what they are worth."""
@@ -62,7 +63,7 @@ class Ranks:
         doubt = "; exploratory: so few settings are a hint at most"
         return (
             f"mean ranks over {self.settings} settings: {ranks}; Friedman {said_p(self.ranking.p)}"
-            f"{doubt if self.ranking.exploratory else ''}{_unlike(self.unlike)}"
+            f"{doubt if self.ranking.exploratory else ''}{_but(self.without, self.unlike)}"
         )
 
     def diagram(self) -> Figure:
@@ -102,7 +103,7 @@ def rank(blocks: Sequence[Block]) -> Ranks | None:
         for block, seeds in shared
     ]
     unlike = sorted(set().union(*(block.unlike for block, _ in shared)))
-    return Ranks(names, len(shared), friedman_nemenyi(scores), unlike)
+    return Ranks(names, len(shared), friedman_nemenyi(scores), unlike, _not_in_all(blocks))
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Aggregate:
         middle: interquartile means, best first; empty where a setting's score is no accuracy.
         leader: the algorithm with the best of them, or else the best mean rank.
         improvement: how likely a run of the leader's beats one of each other.
+        without: algorithms that did not meet every setting.
     """
 
     settings: int
@@ -121,6 +123,7 @@ class Aggregate:
     leader: str
     improvement: dict[str, Interval]
     unlike: list[str]
+    without: list[str]
 
     def sentences(self) -> list[str]:
         """Both statistics, and what their intervals are."""
@@ -131,9 +134,10 @@ class Aggregate:
         few = "; of so few seeds too narrow" if self.seeds < 10 else ""
         said = [f"interquartile mean {over} ({how}{few}): {middle}"] if middle else []
         said.append(
-            f"probability that a run of {self.leader} beats one of another {over}: {better}"
+            f"probability that a run of {self.leader} beats one of another {over} ({how}{few}): "
+            f"{better}"
         )
-        return [sentence + _unlike(self.unlike) for sentence in said]
+        return [sentence + _but(self.without, self.unlike) for sentence in said]
 
     @property
     def table(self) -> pd.DataFrame:
@@ -179,6 +183,7 @@ def aggregate(blocks: Sequence[Block]) -> Aggregate | None:
         leader,
         improvement,
         unlike,
+        _not_in_all(blocks),
     )
 
 
@@ -194,8 +199,16 @@ def _in_all(blocks: Sequence[Block]) -> list[str]:
     return [name for name in first.scores if all(name in block.scores for block in others)]
 
 
-def _unlike(settings: Sequence[str]) -> str:
-    return f"; unlike settings: {', '.join(settings)} differ" if settings else ""
+def _not_in_all(blocks: Sequence[Block]) -> list[str]:
+    """The algorithms that met some settings, but not every one."""
+    there = sorted({name for block in blocks for name in block.scores})
+    return [name for name in there if not all(name in block.scores for block in blocks)]
+
+
+def _but(without: Sequence[str], unlike: Sequence[str]) -> str:
+    """What a sentence leaves out, and what its settings do not share."""
+    said = f"; without {', '.join(without)}, not in all settings" if without else ""
+    return said + (f"; unlike settings: {', '.join(unlike)} differ" if unlike else "")
 
 
 def _shown(x: Interval, scale: float, digits: int, unit: str = "") -> str:

@@ -23,6 +23,7 @@ INTERVALS = (
 )
 
 
+AGAIN = "the algorithm, trained again, on these test episodes"
 HALF = "$\\pm$: half of the 95\\% interval"
 
 
@@ -135,7 +136,7 @@ def _caption(board: pd.DataFrame, compared: bool) -> str:
     seeds, models = board[board["over"] == "seeds"], board[board["over"] == "episodes"]
     if not seeds.empty:
         counts = "--".join(str(n) for n in sorted({seeds["seeds"].min(), seeds["seeds"].max()}))
-        parts.append(f"{HALF} over {counts} seeds (the algorithm, trained again).")
+        parts.append(f"{HALF} over {counts} seeds ({AGAIN}).")
     if not models.empty:
         start = HALF if seeds.empty else "$^\\dagger$: one seed, interval"
         parts.append(f"{start} over test episodes (this trained model on new tasks).")
@@ -144,7 +145,7 @@ def _caption(board: pd.DataFrame, compared: bool) -> str:
     if less:
         parts.append(f"Without seeds that came to nothing ({'; '.join(dict.fromkeys(less))}).")
     if compared:
-        parts.append("Bold: the best mean, and what is not told apart from it (Holm, 5\\%).")
+        parts.append("Bold: the best mean, and what it is not shown to beat (Holm, 5\\%).")
     return " ".join(parts)
 
 

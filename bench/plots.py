@@ -43,7 +43,7 @@ PALETTE = (
 )
 THIN = {"grid.linewidth": 0.6, "axes.linewidth": 0.8, "grid.color": "0.88"}
 OVERS = {
-    "seeds": "over seeds (the algorithm, trained again)",
+    "seeds": "over seeds (the algorithm, trained again, on these test episodes)",
     "episodes": "over test episodes (this trained model on new tasks)",
 }
 MIXED = "over seeds, or over episodes for one seed"
@@ -64,24 +64,31 @@ def draw_all(summary: pd.DataFrame, folder: Path, swept: Sequence[str] = ()) -> 
         folder: where the figures go.
         swept: settings that tell rows of one algorithm apart: each is drawn for itself.
     """
-    complete = summary[summary["status"] == "complete"]
-    if complete.empty:
-        return []
     rows = [
         dict(zip((*PLACE, *swept), values, strict=True))
-        for values in complete[[*PLACE, *swept]].itertuples(index=False)
+        for values in summary[[*PLACE, *swept]].itertuples(index=False)
     ]
-    complete = complete.assign(
+    summary = summary.assign(
         algorithm=[
             f"{row['algorithm']} ({own})" if own else row["algorithm"]
             for row, own in zip(rows, told_apart(rows), strict=True)
         ]
     )
+    complete = summary[summary["status"] == "complete"]
+    if complete.empty:
+        return []
     without = summary[summary["status"] != "complete"]
     counts = Counter(zip(without["algorithm"], without["status"], strict=True))
-    left_out = ", ".join(f"{name} ({n} {status})" for (name, status), n in counts.items())
-    figure = accuracy(_without_formulas(complete), as_text(left_out))
+    figure = accuracy(_without_formulas(complete))
+    _say_left_out(figure, [f"{name} ({n} {status})" for (name, status), n in counts.items()])
     return save(figure, folder / "accuracy")
+
+
+def _say_left_out(figure: Figure, who: Sequence[str]) -> None:
+    """Name, below a figure, what has no score in it, and why."""
+    if who:
+        text = textwrap.fill(f"left out: {as_text(', '.join(who))}", 80)
+        figure.supxlabel(f"{figure.get_supxlabel()}\n{text}", fontsize="small")
 
 
 def as_text(name: object) -> str:
@@ -130,10 +137,10 @@ def intervals(summary: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return pd.DataFrame(rows, columns=[*keys, "mean", "ci95"]), meaning
 
 
-def accuracy(summary: pd.DataFrame, left_out: str = "") -> Figure:
+def accuracy(summary: pd.DataFrame) -> Figure:
     """A summary's scores by algorithm and shots, in the order and colours of a report's."""
     scores, meaning = intervals(summary)
-    return scores_by_shots(best_first(scores, "algorithm"), meaning, left_out)
+    return scores_by_shots(best_first(scores, "algorithm"), meaning)
 
 
 def best_first(frame: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -145,13 +152,12 @@ def best_first(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     return frame.assign(merit=merit).sort_values(by, ascending=order, ignore_index=True)
 
 
-def scores_by_shots(scores: pd.DataFrame, meaning: str, left_out: str = "") -> Figure:
+def scores_by_shots(scores: pd.DataFrame, meaning: str) -> Figure:
     """Accuracy (or error) by algorithm and shots, a panel a dataset and number of ways.
 
     Args:
         scores: columns as :func:`intervals` gives them.
         meaning: what the intervals speak of.
-        left_out: which cells have no score, and why.
     """
     sns.set_theme(style="whitegrid", font_scale=0.9, rc=THIN)
     algorithms = list(dict.fromkeys(scores["algorithm"]))
@@ -165,10 +171,7 @@ def scores_by_shots(scores: pd.DataFrame, meaning: str, left_out: str = "") -> F
         _panel(axis, panel, algorithms)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    below = f"shots; bars: 95% intervals {meaning}"
-    if left_out:
-        below += "\n" + textwrap.fill(f"left out: {left_out}", 80)
-    figure.supxlabel(below, fontsize="small")
+    figure.supxlabel(f"shots; bars: 95% intervals {meaning}", fontsize="small")
     return figure
 
 
@@ -219,10 +222,8 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
     scores = board.assign(algorithm=board["label"], ci95=half)
     overs = set(board["over"])
     meaning = OVERS[overs.pop()] if len(overs) == 1 else MIXED
-    less = tables.leaderboard[tables.leaderboard["failed"] > 0]
-    left_out = ", ".join(as_text(f"{row['label']} ({lost(row)})") for _, row in less.iterrows())
     figures = {
-        "accuracy": scores_by_shots(scores, meaning, left_out),
+        "accuracy": scores_by_shots(scores, meaning),
         "adaptation": adaptation(board, tables.adaptation),
         "learning": learning(board, tables.learning, "iteration"),
         "learning_seconds": learning(board, tables.learning, "seconds"),
@@ -235,6 +236,9 @@ def draw_tables(tables: Tables, folder: Path) -> list[Path]:
         )
     if len(tables.growth):
         figures["memory_steps"] = growth(board, tables.growth)
+    less = tables.leaderboard[tables.leaderboard["failed"] > 0]
+    for figure in figures.values():
+        _say_left_out(figure, [f"{row['label']} ({lost(row)})" for _, row in less.iterrows()])
     if len(board) < len(everybody):
         for name in figures.keys() - {"sensitivity"}:
             figures[name].suptitle(f"the {MOST_DRAWN} best of each task", fontsize="small")

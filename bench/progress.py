@@ -184,9 +184,9 @@ SHARED = ("seed", "test_shots", "iterations", "episodes", "norm", "engine", "dev
 def score(row: pd.Series | dict[str, object]) -> str:
     """Mean and half-width of an interval, accuracy in per cent."""
     mean, half = float(row["mean"]), float(row["ci95"])  # type: ignore[arg-type]
-    if row["metric"] == "accuracy":
-        return f"{100 * mean:.1f} ± {100 * half:.1f}%"
     digits = decimals(str(row["metric"]), mean, half)
+    if row["metric"] == "accuracy":
+        return f"{100 * mean:.{digits}f} ± {100 * half:.{digits}f}%"
     return f"{row['metric']} {mean:.{digits}f} ± {half:.{digits}f}"
 
 
@@ -259,15 +259,16 @@ def reuse_notes(summary: pd.DataFrame) -> list[str]:
     notes = []
     reused = summary[(summary["sample_reuse"] > 1) & (summary["status"] == "complete")]
     for dataset, rows in reused.groupby("dataset"):
-        wider = rows["ci95_classes"].dropna()
+        wider = rows.get("ci95_classes", pd.Series(dtype=float)).dropna()
         about = (
             f" (± {100 * wider.min():.1f} to {100 * wider.max():.1f}%: ci95_classes)"
             if len(wider)
             else ""
         )
+        most = rows.sort_values("sample_reuse").iloc[-1]
         notes.append(
-            f"note:  {rows['episodes'].iloc[0]} episodes use each of {dataset}'s test samples "
-            f"{rows['sample_reuse'].max():.1f} times, so that these intervals understate the "
+            f"note:  {most['episodes']} episodes use each of {dataset}'s test samples "
+            f"{most['sample_reuse']:.1f} times, so that these intervals understate the "
             f"uncertainty about new classes{about}; --protocol disjoint shares none"
         )
     return notes
@@ -299,12 +300,21 @@ def challenge_notes(summary: pd.DataFrame) -> list[str]:
 
 
 def decimals(metric: str, *values: float) -> int:
-    """Decimals to write scores with, accuracies in per cent: one, and of an error three, or as many
-    as show two digits of each of the values."""
+    """Decimals to write scores with, the last of which is half of an interval: of accuracies, in
+    per cent, one, or as many as show a digit of that; of an error three, or as many as show two
+    digits of each of the values."""
     if metric == "accuracy":
-        return 1
+        half = 100 * abs(values[-1])
+        return digits_of(half, 1, shown=1)
     sizes = [abs(value) for value in values if value and math.isfinite(value)]
     return max([3, *(min(1 - math.floor(math.log10(size)), 15) for size in sizes)])
+
+
+def digits_of(value: float, least: int, shown: int = 2) -> int:
+    """Decimals to write a number with: ``least``, or as many as show so many of its digits."""
+    if not value or not math.isfinite(value):
+        return least
+    return min(max(least, shown - 1 - math.floor(math.log10(abs(value)))), 15)
 
 
 def milliseconds(value: float, spread: float) -> str:

@@ -28,7 +28,7 @@ from bench.store import Run, outcome
 from bench.sweep import Cell, told_apart
 
 Verdict = Literal["ok", "worse", "not ruled out", "too noisy"]
-ALARMS = ("worse", "not ruled out")
+ALARMS: tuple[Verdict, Verdict] = ("worse", "not ruled out")
 RESIDENT_SLACK_BYTES = 32 * 2**20
 """Growth of a CPU process's peak that is no alarm: the memory allocator's own ups and downs."""
 PHASES = {STEP: "meta-step", EVALUATION: "evaluation"}
@@ -89,12 +89,14 @@ class Check:
     Attributes:
         findings: everything that was compared.
         failed: cells of the baseline that failed now, which is a regression too.
+        missing: how many cells of the baseline are not there at all.
         notes: cells without a counterpart, changed settings, and the like.
         rule: when there is an alarm, in words.
     """
 
     findings: list[Finding]
     failed: list[str]
+    missing: int
     notes: list[str]
     rule: str
 
@@ -114,11 +116,21 @@ class Check:
         """The outcome in one line."""
         count = len(self.findings)
         if self.regressed:
-            failed = f"; failed: {', '.join(self.failed)}" if self.failed else ""
-            return f"regression: {len(self.worse)} of {count} checks got worse{failed}"
+            counts = Counter(finding.verdict for finding in self.worse)
+            said = ("got worse", "may have (a loss is not ruled out)")
+            alarms = [
+                f"{counts[v]} {how}" for v, how in zip(ALARMS, said, strict=True) if counts[v]
+            ]
+            failed = [f"failed: {', '.join(self.failed)}"] if self.failed else []
+            parts = [f"of {count} checks {', '.join(alarms)}"] if alarms else []
+            return "; ".join(["regression: " + "; ".join([*parts, *failed]), *self._missing])
         noisy = sum(finding.verdict == "too noisy" for finding in self.findings)
-        doubt = f"; {noisy} were too noisy to tell" if noisy else ""
-        return f"no regression in {count} checks{doubt}"
+        doubt = [f"{noisy} were too noisy to tell"] if noisy else []
+        return "; ".join([f"no regression in {count} checks", *doubt, *self._missing])
+
+    @property
+    def _missing(self) -> list[str]:
+        return [f"{self.missing} cells of the baseline are not here"] if self.missing else []
 
     @property
     def nearest(self) -> list[Finding]:
@@ -131,7 +143,7 @@ class Check:
 
     def table(self) -> Table:
         """For a terminal: what got worse; if nothing did, what came nearest to it."""
-        title = "what got worse" if self.worse else "what came nearest to its limit"
+        title = "what raised the alarm" if self.worse else "what came nearest to its limit"
         table = Table(*HEADING, title=title, title_justify="left")
         for finding in self.worse or self.nearest:
             table.add_row(*map(escape, finding.cells))
@@ -194,10 +206,11 @@ def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 1
     rule = (
         f"Alarms: accuracy where a loss of {margin:g} points (an error: {margin:g}%) is not ruled "
         "out by a paired one-sided t test at 5% on the shared episodes (intervals: 90%, over "
-        f"episodes); time and memory where growth is above {slowdown:g}% and the 95% interval, "
+        "episodes: they speak of these trained models, and other roundings alone train others); "
+        f"time and memory where growth is above {slowdown:g}% and the 95% interval, "
         "which allows runs to differ by as much as repeats do, is above 0."
     )
-    return Check(findings, failed, notes, rule)
+    return Check(findings, failed, len(alone[1]) - len(failed), notes, rule)
 
 
 # Which cells belong together

@@ -38,10 +38,10 @@ from bench.findings import Task
 from bench.measure import GROWTH_TASKS
 from bench.paper import plain
 from bench.plots import COSTS
-from bench.progress import decimals
+from bench.progress import decimals, digits_of
 from bench.reading import read_json
 from bench.store import Run
-from bench.sweep import SETTING, Sweep
+from bench.sweep import SETTING, Cell, Sweep
 from bench.tables import FAIRNESS, Tables
 
 MOST_PAIRED = 25
@@ -75,7 +75,8 @@ CHARTS: list[dict[str, Any]] = [
         "id": "scores",
         "title": "Score",
         "says": "After the last inner step. Grey bar: 95% interval over episodes (these trained "
-        "models, new tasks); thin whisker: over seeds (the algorithm, trained again).",
+        "models, new tasks); thin whisker: over seeds (the algorithm, trained again, "
+        "on these test episodes).",
     },
     {
         "id": "sensitivity",
@@ -141,7 +142,7 @@ def write(folder: Path) -> list[Path]:
     """
     run = Run(folder)
     found = tables.read(run)
-    comparison, notes = _compared(found)
+    comparison, notes = _compared(found, run.lost())
     rows, overall = (comparison.rows, comparison.overall) if comparison else ([], [])
     command = reproduction(found.sweep) if found.sweep else ""
     name = folder.resolve().name
@@ -161,12 +162,12 @@ def write(folder: Path) -> list[Path]:
         raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
 
 
-def _compared(found: Tables) -> tuple[Comparison | None, list[str]]:
+def _compared(found: Tables, lost: Sequence[Cell]) -> tuple[Comparison | None, list[str]]:
     """The run's comparison and its notes, or why there is none."""
     if not found.results:
         return None, ["No pairs: no cell is complete."]
     try:
-        comparison = compared(found.results, accept_changed_code=True)
+        comparison = compared(found.results, lost, accept_changed_code=True)
     except BenchError as error:
         return None, [f"No pairs: {error}."]
     return comparison, comparison.notes
@@ -414,6 +415,7 @@ def _number(value: float, digits: int) -> Shown:
 def _cost(row: pd.Series[Any], name: str) -> Shown:
     """A median, with the interquartile range of the repeats beside a time."""
     _, unit, digits = MEASURED[name]
+    digits = digits_of(row[name] / unit, digits)
     shown, spread = _number(row[name] / unit, digits), row.get(f"{name}_iqr")
     if pd.isna(row[name]) or pd.isna(spread):
         return shown

@@ -259,8 +259,7 @@ def run(
                 trial = known or study.new(number, source, interrupted)
                 if known is None:
                     write_text(record, to_json(asdict(trial)))
-                else:
-                    study.add(known)
+                study.trials.append(trial)
                 done(trial)
                 found.append(trial)
                 _write_table(found, folder)
@@ -272,7 +271,12 @@ _STATES = {True: optuna.trial.TrialState.COMPLETE, False: optuna.trial.TrialStat
 
 
 class _Study:
-    """Optuna's study of one algorithm."""
+    """Optuna's study of one algorithm, made anew from its trials for each proposal: what a trial
+    came to is told in one way, whether it has just been run or was read.
+
+    Attributes:
+        trials: those there are, in their order.
+    """
 
     def __init__(self, search: Search, algorithm: str, sources: Sources) -> None:
         self.search = search
@@ -280,29 +284,33 @@ class _Study:
         cell = search.cells[algorithm]
         self.train = sources.require(cell.dataset, "train", cell.device)
         self.val = sources.require(cell.dataset, "val", cell.device)
-        self.study = optuna.create_study(
-            direction="maximize" if search.higher else "minimize",
+        self.trials: list[Trial] = []
+
+    def proposal(self, number: int) -> optuna.Trial:
+        """What Optuna proposes after the trials so far."""
+        space = self.search.spaces[self.algorithm]
+        seed = stream_seed("search", self.search.cells[self.algorithm].seed, number) % 2**32
+        study = optuna.create_study(
+            direction="maximize" if self.search.higher else "minimize",
+            sampler=optuna.samplers.TPESampler(seed=seed),
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
         )
-
-    def add(self, trial: Trial) -> None:
-        """Take a trial from its record."""
-        complete = trial.state == "complete"
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=_STATES[complete],
-                value=trial.value if complete else None,
-                params=trial.parameters,
-                distributions=self.search.spaces[self.algorithm],
-                intermediate_values=trial.validations,
+        for trial in self.trials:
+            complete = trial.state == "complete"
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=_STATES[complete],
+                    value=trial.value if complete else None,
+                    params=trial.parameters,
+                    distributions=space,
+                    intermediate_values=trial.validations,
+                )
             )
-        )
+        return study.ask(space)
 
     def new(self, number: int, source: str, interrupted: Callable[[], bool]) -> Trial:
         """Run a trial of what Optuna proposes."""
-        seed = stream_seed("search", self.search.cells[self.algorithm].seed, number) % 2**32
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed)
-        proposed = self.study.ask(self.search.spaces[self.algorithm])
+        proposed = self.proposal(number)
         trial = Trial(self.algorithm, number, source, dict(proposed.params))
         cell = self.search.cell(self.algorithm, trial.parameters)
 
@@ -331,8 +339,6 @@ class _Study:
         trial.gradients = trial.iterations * cell.gradients_per_step
         best = max if self.search.higher else min
         trial.value = best(trial.validations.values(), default=None)
-        complete = trial.state == "complete"
-        self.study.tell(proposed, trial.value if complete else None, state=_STATES[complete])
         return trial
 
 
@@ -368,7 +374,9 @@ def _write_table(trials: list[Trial], folder: Path) -> None:
     rows = [asdict(trial) for trial in trials]
     own = [row.pop("parameters") for row in rows]
     frame = pd.DataFrame(rows).drop(columns=["source", "validations"])
-    table = pd.concat([frame, pd.DataFrame(own)], axis=1)
+    # A trial that was pruned has other iterations than were proposed.
+    proposed = pd.DataFrame(own).rename(columns=lambda n: f"{n}_proposed" if n in frame else n)
+    table = pd.concat([frame, proposed], axis=1)
     write_text(folder / "trials.csv", table.to_csv(index=False))
     write_table(folder / "trials.parquet", table)
 

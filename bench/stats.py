@@ -225,6 +225,8 @@ def paired_difference(
     random. Where no episode differs every p value is 1. One episode gives NaN bounds.
     """
     d = _differences(a, b, 1)
+    # Scores come from float32, in which equal differences of unequal scores are not quite equal.
+    grain = 2.0**-20 * max(float(np.abs(x).max()) for x in (a, b))
     interval = mean_interval(d, confidence)
     deviation = _standard_error(d) * math.sqrt(d.size)
     t = _quotient(interval.estimate, _standard_error(d))
@@ -234,15 +236,13 @@ def paired_difference(
         effect=_quotient(interval.estimate, deviation),
         seeds=1,
         episodes=d.size,
-        p_wilcoxon=_wilcoxon_p(d, a, b),
-        p_permutation=_sign_flip_p(d, seed),
+        p_wilcoxon=_wilcoxon_p(d, grain),
+        p_permutation=_sign_flip_p(d, grain, seed),
     )
 
 
-def _wilcoxon_p(d: Floats, a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Of the signed ranks of d = a - b. Scores come from float32, in which equal differences of
-    unequal scores are not quite equal: they are ranked as ties."""
-    grain = 2.0**-20 * max(float(np.abs(a).max()), float(np.abs(b).max()))
+def _wilcoxon_p(d: Floats, grain: float) -> float:
+    """Of the signed ranks of d (n,), those that are apart by less than the grain ranked as ties."""
     steps = np.round(d / grain) if grain else d
     return float(stats.wilcoxon(steps).pvalue) if steps.any() else 1.0
 
@@ -337,8 +337,8 @@ def resolvable_difference(
     """The smallest true mean difference a two-sided t test on so many episodes finds.
 
     `differences` (episodes,), at least two, give their number and spread; "finds" means with
-    probability `power`. It is (t(1 - alpha/2) + t(power)) * standard error (Zar, Biostatistical
-    Analysis, minimum detectable difference).
+    probability `power`: so many standard errors as the noncentral t distribution has to be shifted
+    by to leave its critical value behind with that probability.
     """
     d = finite(differences, "differences")
     return _resolvable(_deviation(d), d.size, power, alpha)
@@ -485,14 +485,14 @@ def _quotient(mean: float, spread: float) -> float:
     return mean / spread
 
 
-def _sign_flip_p(d: Floats, seed: int) -> float:
-    """Two-sided p of the mean of d (n,) under random signs, by 10,000 draws.
+def _sign_flip_p(d: Floats, grain: float, seed: int) -> float:
+    """Two-sided p of the mean of d (n,), each known to a grain, under random signs: 10,000 draws.
 
     The draws count the data themselves among them (Phipson and Smyth 2010), so p is never 0.
     """
     generator = np.random.default_rng(seed)
     # Sums equal but for rounding are equal.
-    observed = abs(float(d.sum())) - 1e-12 * float(np.abs(d).sum())
+    observed = abs(float(d.sum())) - d.size * grain
     batches, draws = 10, 1000
     extreme = 0
     for _ in range(batches):
@@ -521,7 +521,12 @@ def _detecting(power: float, alpha: float) -> Callable[[int], float]:
     """By degrees of freedom, how many standard errors a mean has to be from 0 to be found."""
     inside_unit(power, "power")
     inside_unit(alpha, "alpha")
-    return lambda freedom: _t_quantile(alpha, freedom) + _t_quantile(2 * (1 - power), freedom)
+
+    def errors(freedom: int) -> float:
+        critical = _t_quantile(alpha, freedom)
+        return float(special.nctdtrinc(freedom, 1 - power, critical)) if freedom > 0 else math.nan
+
+    return errors
 
 
 def _margin_test(d: Floats, margin: float, alpha: float, two_sided: bool) -> MarginTest:

@@ -15,7 +15,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from bench.environment import MAKER, environment
 from bench.errors import BenchError, DamagedError
 from bench.files import make_folder, storing, sync, write_table, write_text
 from bench.reading import cell_of, failures_of, figures_of, read_columns, read_json, word_of
-from bench.sweep import Cell, Sweep, in_order, varied
+from bench.sweep import Cell, Sweep, in_order, names, varied
 
 SCORES = "episodes.parquet"
 TRAINING = "training.parquet"
@@ -295,13 +295,20 @@ class Run:
         except (OSError, ValueError):
             return {}
 
-    def left_out(self) -> list[str]:
-        """The cells that came to nothing, and how."""
+    def lost(self) -> list[Cell]:
+        """The cells that came to nothing."""
+        return [Cell(**failure["settings"]) for failure in self.failures().values()]
+
+    def left_out(self, complete: Sequence[Cell] = ()) -> list[str]:
+        """The cells that came to nothing, told apart from each other and the complete ones, and
+        how."""
+        failures = self.failures()
+        called = names([*complete, *self.lost()])
         found = []
-        for failure in self.failures().values():
+        for cell_id, failure in failures.items():
             how = outcome(failure)
             at = f" at iteration {how['diverged_at']}" if "diverged_at" in how else ""
-            found.append(f"{Cell(**failure['settings'])} ({how['status']}{at})")
+            found.append(f"{called[cell_id]} ({how['status']}{at})")
         return found
 
     def summary(self) -> pd.DataFrame:

@@ -318,7 +318,8 @@ class Sweep(BaseModel):
     def cells(self) -> list[Cell]:
         """The cells of the grid, those that will be compared with one another side by side.
 
-        A hyperparameter that an algorithm does not have makes it no further cells.
+        A hyperparameter that an algorithm does not have makes it no further cells, nor do the ways
+        of a regression.
 
         Raises:
             AlgorithmError, DatasetError, BenchError: a name or a value that cannot be.
@@ -328,11 +329,23 @@ class Sweep(BaseModel):
             dict(zip(self.set, values, strict=True))
             for values in itertools.product(*self.set.values())
         ]
-        grid = itertools.product(
-            *(self.datasets, self.ways, self.shots, self.seeds, self.devices, points, self.algos)
-        )
-        cells = {cell.id: cell for cell in (self._cell(*point) for point in grid)}
+        cells = {
+            cell.id: cell
+            for dataset in self.datasets
+            for point in itertools.product(
+                *(self.ways_of(dataset), self.shots, self.seeds, self.devices, points, self.algos)
+            )
+            for cell in [self._cell(dataset, *point)]
+        }
         return list(cells.values())
+
+    def ways_of(self, dataset: str) -> list[int]:
+        """The ways asked for, of which a regression's tasks have none: the first stands for all."""
+        try:
+            regression = datasets.get(dataset).regression
+        except datasets.DatasetError:  # of a plug-in that is not here
+            regression = False
+        return self.ways[:1] if regression else self.ways
 
     def notes(self) -> list[str]:
         """What was asked of algorithms that do not have it."""
@@ -512,38 +525,49 @@ PLACE = ("algorithm", *SETTING)
 
 def varied(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The settings in which rows of one algorithm at one :data:`PLACE` differ, seeds apart: what
-    tells them from their namesakes."""
-    firsts: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    tells them from their namesakes. A row that lacks a setting differs from none in it."""
+    firsts: dict[tuple[Any, ...], dict[str, str]] = {}
     found: set[str] = set()
     for row in rows:
-        first = firsts.setdefault(tuple(row[name] for name in PLACE), row)
-        for name in row:
-            if name != "seed" and said(row[name]) != said(first.get(name)):
+        first = firsts.setdefault(tuple(row[name] for name in PLACE), {})
+        for name, value in row.items():
+            if name != "seed" and first.setdefault(name, said(value)) != said(value):
                 found.add(name)
     return sorted(found)
 
 
 def told_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What tells each row from its namesakes: ``inner_lr 0.1, inner_steps 5``; empty where it has
-    none."""
-    namesakes: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    none.
+
+    What differs at one place is said at all: a name means one set-up of its algorithm, whatever
+    came to nothing elsewhere.
+    """
+    namesakes: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        namesakes.setdefault(tuple(row[name] for name in PLACE), []).append(row)
-    telling = {place: varied(group) for place, group in namesakes.items()}
+        namesakes.setdefault((row["algorithm"], row["device"]), []).append(row)
+    telling = {who: varied(group) for who, group in namesakes.items()}
     return [
-        ", ".join(f"{name} {said(row[name])}" for name in telling[tuple(row[n] for n in PLACE)])
+        ", ".join(
+            f"{name} {said(row[name])}"
+            for name in telling[row["algorithm"], row["device"]]
+            if name in row
+        )
         for row in rows
     ]
 
 
 def names(cells: Iterable[Cell]) -> dict[str, str]:
-    """A name for each cell, by its id, with what tells it from its namesakes among them."""
+    """A name for each cell, by its id, with what tells it from its namesakes among them, and its
+    device where there are several."""
     cells = list(cells)
     owns = told_apart([cell.row() for cell in cells])
-    return {
-        cell.id: f"{cell} ({own})" if own else str(cell)
-        for cell, own in zip(cells, owns, strict=True)
-    }
+    several = len({cell.device for cell in cells}) > 1
+    found = {}
+    for cell, own in zip(cells, owns, strict=True):
+        name = f"{cell} on {cell.device}" if several else str(cell)
+        found[cell.id] = f"{name} ({own})" if own else name
+    return found
 
 
 def said(value: Any) -> str:

@@ -27,7 +27,7 @@ from bench.plots import COSTS, best_first
 from bench.reading import is_score, read_columns
 from bench.stats import Over, finite, mean_interval
 from bench.store import TRAINING, Record, Run, in_threads, outcome
-from bench.sweep import SETTING, Cell, Sweep, in_order, read_sweep, said, varied
+from bench.sweep import SETTING, Cell, Sweep, in_order, names, read_sweep, said, varied
 
 FAIRNESS = (
     *("test_shots", "train_shots", "inner_steps", "eval_steps", "norm", "meta_batch"),
@@ -112,7 +112,8 @@ def read(run: Run) -> Tables:
         raise BenchError(f"{run.folder} is not a run: it has neither cells nor a sweep.toml")
     loaded, faults = _load_all(run)
     failed = list(_failures(run))
-    faults += [(str(cell), status, reason) for cell, status, reason in failed]
+    called = names([*(one.record.cell for one in loaded), *(cell for cell, *_ in failed)])
+    faults += [(called[cell.id], status, reason) for cell, status, reason in failed]
     try:
         sweep = read_sweep(run.folder / "sweep.toml", {})
     except BenchError as error:
@@ -219,9 +220,15 @@ def missing(sweep: Sweep, there: Sequence[Cell]) -> list[str]:
 
     Axes, not cell ids: those would need the sweep's plug-in, and a report runs nobody's code.
     """
-    asked = product(
-        *(sweep.datasets, sweep.ways, sweep.shots, sweep.seeds, sweep.devices, sweep.algos),
-        *(product([name], values) for name, values in sweep.set.items() if len(values) > 1),
+    swept_axes = [product([n], values) for n, values in sweep.set.items() if len(values) > 1]
+    points = list(map(list, swept_axes))
+    asked = (
+        (dataset, *rest)
+        for dataset in sweep.datasets
+        for rest in product(
+            *(sweep.ways_of(dataset), sweep.shots, sweep.seeds, sweep.devices, sweep.algos),
+            *points,
+        )
     )
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for c in there:
@@ -264,10 +271,12 @@ def _leaderboard(
 ) -> pd.DataFrame:
     """One row an entrant, in ``key``, and one, without a key, for failed cells that have none."""
     failures: dict[str, list[Cell]] = {}
-    for cell, _ in failed:
+    lost = [cell for cell, _ in failed]
+    for cell in lost:
         failures.setdefault(cell.seedless_id, []).append(cell)
     diverged = Counter(cell.seedless_id for cell, status in failed if status == "diverged")
-    names = labels(list(groups))
+    names, lost_names = labels(list(groups), lost)
+    called = {cell.seedless_id: name for cell, name in zip(lost, lost_names, strict=True)}
     rows: list[dict[str, Any]] = []
     for entrant, group in groups.items():
         kind = group[0].record.cell.seedless_id
@@ -276,7 +285,7 @@ def _leaderboard(
     for kind, cells in failures.items():
         cell = cells[0]
         counts = {"failed": len(cells), "diverged": diverged[kind]}
-        failure = {"key": None, "label": cell.algorithm, "seeds": 0, **counts}
+        failure = {"key": None, "label": called[kind], "seeds": 0, **counts}
         rows.append(failure | _settings(cell))
     columns = [
         "key",

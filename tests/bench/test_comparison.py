@@ -98,10 +98,10 @@ def test_no_difference_says_what_could_have_been_found(tmp_path: Path) -> None:
     put(tmp_path, cell_of("anil"), base)
     (row,) = compare([tmp_path]).rows
     assert row.better == ""
-    # (t(0.975) + t(0.8)) standard errors, the textbook's minimum detectable difference.
-    error = difference.std(ddof=1) / 10
-    detectable = (stats.t.ppf(0.975, 99) + stats.t.ppf(0.8, 99)) * error
-    assert row.resolvable == pytest.approx(detectable)
+    # A t test at 5% finds a difference of this size four times in five.
+    error, detectable = difference.std(ddof=1) / 10, row.resolvable
+    found = stats.nct.sf(stats.t.ppf(0.975, 99), 99, detectable / error)
+    assert found == pytest.approx(0.8, abs=1e-4)
     assert row.enough_for_half == pytest.approx(400, rel=0.03)
     assert (
         f"no difference shown: 100 episodes can resolve {100 * detectable:.2g} points; "
@@ -296,7 +296,8 @@ def test_seeds_and_settings_come_to_one_figure_an_algorithm(tmp_path: Path) -> N
     assert "interquartile mean over 2 settings and 2 seeds" in middle
     assert "maml 85.0% [" in middle
     assert "other seeds" in middle
-    assert "a run of maml beats one of another over 2 settings and 2 seeds: anil 0.75 [" in better
+    assert "a run of maml beats one of another over 2 settings and 2 seeds (95% by a" in better
+    assert "of so few seeds too narrow): anil 0.75 [" in better
     written = comparison.write(tmp_path)
     assert [path.name for path in written] == ["comparison.csv", "aggregate.csv"]
     assert pd.read_csv(written[1])["statistic"].tolist() == [
@@ -362,3 +363,46 @@ def test_what_is_said_of_all_settings_is_of_one_device(tmp_path: Path) -> None:
 def test_ratios_keep_their_digits() -> None:
     said = [comparison._times(ratio) for ratio in (0.0294, 1.04, 12.34, 123.4, 1234.5)]
     assert said == ["0.029", "1.04", "12.3", "123", "1,234"]
+
+
+def test_a_name_means_one_set_up_whatever_came_to_nothing_elsewhere(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for shots, lost in ((1, 0.8), (5, 0.1)):
+        for algorithm in ("anil", "fomaml"):
+            put(tmp_path, cell_of(algorithm, shots=[shots]), scores_of(0.6))
+        for lr in (0.1, 0.8):
+            cell = cell_of("maml", shots=[shots], set={"inner_lr": [lr]})
+            if lr == lost:
+                run.fail(cell, "the loss is nan", diverged_at=3)
+            else:
+                put(tmp_path, cell, scores_of(0.7))
+    found = compare([tmp_path])
+    named = {row.algorithm_b for row in found.rows if row.algorithm_b.startswith("maml")}
+    assert named == {"maml (inner_lr 0.1)", "maml (inner_lr 0.8)"}
+    assert found.ranks is None  # two algorithms alone met both settings
+    (left_out,) = [note for note in found.notes if note.startswith("left out")]
+    assert "maml glyphs 5-way 1-shot seed 0 (inner_lr 0.8) (diverged at iteration 3)" in left_out
+    put(tmp_path, cell_of("reptile"), scores_of(0.5))
+    for shots in (1, 5):
+        put(tmp_path, cell_of("boil", shots=[shots]), scores_of(0.5))
+    assert "; without maml (inner_lr 0.1), maml (inner_lr 0.8), reptile, not in all settings" in (
+        compare([tmp_path]).ranks.sentence()
+    )
+
+
+def test_the_same_cell_with_other_scores_is_said(tmp_path: Path) -> None:
+    for folder, level in (("a", 0.6), ("b", 0.7)):
+        put(tmp_path / folder, cell_of("maml"), scores_of(level))
+        put(tmp_path / folder, cell_of("anil"), np.full(100, 0.5))
+    both = compare([tmp_path / "a", tmp_path / "b"])
+    assert both.rows[0].difference == compare([tmp_path / "a"]).rows[0].difference
+    (said,) = [note for note in both.notes if "again" in note]
+    assert said.startswith("maml on glyphs 5-way 1-shot seed 0 is there again with other scores; ")
+
+
+def test_small_differences_are_not_rounded_away(tmp_path: Path) -> None:
+    base = scores_of(0.9, spread=0.001)
+    put(tmp_path, cell_of("maml"), base + 0.0004 + 0.0005 * NOISE.standard_normal(100))
+    put(tmp_path, cell_of("anil"), base)
+    said = compare([tmp_path]).rows[0].sentence()
+    assert "maml over anil on glyphs 5-way 1-shot: +0.037 points [0.0" in said

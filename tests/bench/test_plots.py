@@ -30,7 +30,7 @@ def test_one_seed_gives_the_interval_over_episodes() -> None:
 
 def test_several_seeds_give_students_interval_over_them() -> None:
     found, meaning = plots.intervals(ROWS)
-    assert meaning == "over 3 seeds (the algorithm, trained again)"
+    assert meaning == "over 3 seeds (the algorithm, trained again, on these test episodes)"
     maml = found[(found["algorithm"] == "maml") & (found["shots"] == 1)].iloc[0]
     assert maml["mean"] == pytest.approx(0.81)
     assert maml["ci95"] == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
@@ -67,9 +67,7 @@ def test_rows_that_differ_in_a_swept_setting_are_drawn_each_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(
-        plots, "accuracy", lambda summary, _: drawn.append(summary) or plots.Figure()
-    )
+    monkeypatch.setattr(plots, "accuracy", lambda summary: drawn.append(summary) or plots.Figure())
     swept = pd.concat([ROWS.assign(inner_lr=0.1), ROWS.assign(inner_lr=0.2, mean=0.5)])
     plots.draw_all(swept, tmp_path, ["inner_lr"])
     means = plots.intervals(drawn[0])[0].groupby("algorithm")["mean"].first()
@@ -185,6 +183,6 @@ def test_cells_of_different_source_are_drawn_each_for_themselves(tmp_path: Path)
     assert summary["source"].tolist().count("bbb") == 2
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "accuracy", lambda rows, _: drawn.append(rows) or plots.Figure())
+        patch.setattr(plots, "accuracy", lambda rows: drawn.append(rows) or plots.Figure())
         plots.draw_all(summary, tmp_path, swept)
     assert set(drawn[0]["algorithm"]) == {"maml (source aaa)", "maml (source bbb)"}

@@ -217,7 +217,7 @@ def test_the_command_exits_1_with_a_table_and_a_job_summary(bench, tmp_path: Pat
     put(tmp_path / "new", cell_of(), BASE - 0.03, costs(0.2))
     status, out, err = bench("check", "new", "--baseline", "old")
     assert (status, err) == (1, "")
-    assert "what got worse" in out
+    assert "what raised the alarm" in out
     assert "-3.0 points" in out
     assert "+100.0 %" in out
     status, out, _ = bench("check", "new", "--baseline", "old", "--format", "github")

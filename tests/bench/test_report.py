@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_markdown_and_latex_say_which_interval_and_hide_no_difference(run: Run) 
     assert r"re\_ptile\|&lt;b&gt;" in markdown
     latex = (run.folder / "table.tex").read_text()
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2
-    assert r"over 2 seeds (the algorithm, trained again)" in latex
+    assert r"over 2 seeds (the algorithm, trained again, on these test episodes)" in latex
     assert r"re\_ptile|\textless{}b\textgreater{} & 9" in latex
     rows = re.findall(r"^.*&.*$", latex[: latex.index("sinusoid")], re.MULTILINE)
     assert len({row.count(" & ") for row in rows}) == 1
@@ -282,7 +283,7 @@ def test_latex_escapes() -> None:
 
 def test_a_verdict_names_the_leader_and_what_it_is_told_apart_from(run: Run) -> None:
     found = tables.read(run)
-    comparison, _ = report._compared(found)
+    comparison, _ = report._compared(found, [])
     assert comparison is not None
     tasks = findings.tasks(found.leaderboard)
     sinusoid = next(task for task in tasks if task.name == "sinusoid, 10-shot")
@@ -574,7 +575,7 @@ def test_what_comes_from_data_is_text(page) -> None:
 def test_no_name_runs_or_becomes_markup(browser, tmp_path: Path) -> None:
     run = nasty(tmp_path / "run")
     found = tables.read(run)
-    comparison, notes = report._compared(found)
+    comparison, notes = report._compared(found, [])
     assert comparison is not None
     path = tmp_path / "report.html"
     path.write_text(report.page(run.folder, found, comparison, notes))
@@ -633,3 +634,14 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(page) -> None:
         if page.evaluate("document.activeElement !== document.body"):
             assert page.evaluate(outline) != "none"
     assert {"task", "learning-x", "learning-of", "cost-x", "BUTTON", "SUMMARY"} <= reached
+
+
+def test_a_leader_that_another_beats_on_their_seeds_is_no_leader_alone(run: Run) -> None:
+    found = tables.read(run)
+    comparison, _ = report._compared(found, [])
+    assert comparison is not None
+    task = next(t for t in findings.tasks(found.leaderboard) if t.name == "sinusoid, 10-shot")
+    (row,) = findings.pairs(task, comparison.rows)
+    turned = [replace(row, better="maml")]
+    assert findings.verdict(task, turned).lines == ["Worse than maml on the seeds that both have."]
+    assert findings.level_with_best(task, turned) == ["anil", "maml"]

@@ -204,3 +204,12 @@ def test_what_an_algorithm_makes_nothing_of_is_no_axis_of_it(name: str) -> None:
     assert "inner_steps" not in cell.hyperparameters
     assert cell.hyperparameters["inner_lr"] == 0.1
     assert sweep.notes() == [f"note:  {name} has no inner_steps, and runs without"]
+
+
+def test_a_regression_has_no_ways_to_sweep() -> None:
+    sweep = Sweep(datasets=["glyphs", "sinusoid"], algos=["maml"], ways=[5, 20], devices=["cpu"])
+    assert [(cell.dataset, cell.ways) for cell in sweep.cells()] == [
+        ("glyphs", 5),
+        ("glyphs", 20),
+        ("sinusoid", 5),
+    ]
