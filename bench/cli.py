@@ -6,6 +6,7 @@ a question for help or a mistyped option should not wait for.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.table import Column, Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
-from bench.errors import BenchError, StorageError, printable
+from bench.errors import BenchError, RunError, printable
 from bench.plugins import load_plugin, trusted
 from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, said, varied
 from datasets import DatasetError
@@ -244,9 +245,12 @@ def run(
             console.print(note)
         if dry_run:
             runner.check_folder(folder, sweep, cells, sources, accept_changed_code)
+            left = runner.left(cells, folder)
             with console.status("timing a few steps of each kind of cell"):
-                seconds = runner.estimate_seconds(cells, sources)
-            return _print_plan(cells, seconds, console)
+                seconds = runner.estimate_seconds(left, sources)
+            if len(left) < len(cells):
+                console.print(f"{len(cells) - len(left)} of {len(cells)} cells are there already")
+            return _print_plan(left, seconds, console)
         try:
             display = Display(console)
             summary = runner.run(
@@ -280,10 +284,11 @@ def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) 
             str(cell.meta_batch),
             str(cell.hyperparameters.get("inner_steps", "")),
             str(cell.episodes),
-            f"{seconds[cell.id]:.0f} s",
+            "diverges" if math.isnan(seconds[cell.id]) else f"{seconds[cell.id]:.0f} s",
         )
     console.print(table)
-    console.print(f"{len(cells)} cells, about {sum(seconds.values()) / 60:.1f} minutes")
+    known = [value for value in seconds.values() if not math.isnan(value)]
+    console.print(f"{len(cells)} cells, about {sum(known) / 60:.1f} minutes")
 
 
 @app.command()
@@ -616,7 +621,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(ended or 0)
     except (BenchError, AlgorithmError, DatasetError) as error:
         message = str(error)
-    except StorageError as error:
+    except RunError as error:
         status, message = 1, str(error)
     except typer.TyperException as error:
         message = error.format_message()

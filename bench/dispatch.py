@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bench.errors import StorageError
+from bench.errors import RunError
 from bench.executors.base import Began, Crew, Ended, Job, Kit, Lost, Moved
 from bench.failures import Failure
 from bench.progress import Display
@@ -61,7 +61,7 @@ def dispatch(
         Each cell, once, with its figures or the reason why it has none.
 
     Raises:
-        StorageError: a worker's disk takes no more.
+        RunError: a worker's disk takes no more, or it finds other source than the run's.
     """
     waiting = deque(jobs)
     running: dict[str, _Running] = {}
@@ -94,7 +94,7 @@ def dispatch(
             del running[event.cell_id]
             display.left(one.job.cell)
             outcome = event.outcome if isinstance(event, Ended) else None
-            if isinstance(outcome, StorageError):
+            if isinstance(outcome, RunError):
                 raise outcome
             if outcome is not None:
                 yield one.job.cell, outcome

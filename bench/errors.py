@@ -30,9 +30,24 @@ class DivergedError(CellError):
         return f"diverged: {self.args[0]} at iteration {self.iteration}"
 
 
-class StorageError(OSError):
-    """A result that could not be written, as on a full disk: no other cell could be kept either.
-    Ends a command with exit status 1 and one line; what is complete stays."""
+class RunError(Exception):
+    """What ends a run and is no cell's fault: exit status 1 and one line; what is complete stays,
+    and no cell is noted as failed."""
+
+
+class SourceChangedError(RunError):
+    """The source on the disk is no longer what a run began with: nothing more could be made or
+    measured that would be its own."""
+
+    def __str__(self) -> str:
+        return (
+            "the source code has changed since this run began; go on with the source as it was, or "
+            "with another --out"
+        )
+
+
+class StorageError(RunError, OSError):
+    """A result that could not be written, as on a full disk: no other cell could be kept either."""
 
     def __str__(self) -> str:
         return (

@@ -6,7 +6,7 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import BenchError, CellError, DivergedError, StorageError
+from bench.errors import BenchError, CellError, DivergedError, RunError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,9 +34,9 @@ def failure_of(error: BaseException) -> Failure:
     """What to note of a cell in which this was raised.
 
     Raises:
-        StorageError: the error itself, where it is no cell's fault.
+        RunError: the error itself, where it is no cell's fault.
     """
-    if isinstance(error, StorageError):
+    if isinstance(error, RunError):
         raise error
     if isinstance(error, DivergedError):
         return Failure(str(error), str(error), error.iteration)

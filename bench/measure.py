@@ -11,7 +11,6 @@ import ctypes
 import multiprocessing
 import resource
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 from algorithms.kernels import Kernels
-from bench.errors import CellError
+from bench.errors import CellError, SourceChangedError
 from bench.plugins import load_plugin
 from bench.protocol import evaluate
+from bench.signals import unsignalled
+from bench.store import source_hash
 from bench.sweep import Cell, stream_seed
 from bench.training import build
 from datasets import EpisodeLoader, Source
@@ -265,9 +266,18 @@ class Subject:
 
 
 def measure(
-    cells: Sequence[Cell], root: Path | None = None, plugin: Path | None = None
+    cells: Sequence[Cell],
+    root: Path | None = None,
+    plugin: Path | None = None,
+    source: str | None = None,
 ) -> list[pd.DataFrame]:
     """Measure cells that are compared with one another, taking turns.
+
+    Args:
+        cells: which.
+        root: the folder of the data sets.
+        plugin: code to load first.
+        source: the hash of the code that is to be measured; None for whatever there is.
 
     Returns:
         For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes,
@@ -279,10 +289,11 @@ def measure(
 
     Raises:
         MeasuringError: a process that failed; it says which cell's.
+        SourceChangedError: a process that finds other code.
     """
     rows: list[list[dict[str, Any]]] = [[] for _ in cells]
     with ExitStack() as stack:
-        subjects = [stack.enter_context(_subject(cell, root, plugin)) for cell in cells]
+        subjects = [stack.enter_context(_subject(cell, root, plugin, source)) for cell in cells]
         peaks = []
         for subject, found in zip(subjects, rows, strict=True):
             found += _ask(subject, "growth")
@@ -348,12 +359,15 @@ class _Asked:
 
 
 @contextmanager
-def _subject(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_Asked]:
+def _subject(
+    cell: Cell, root: Path | None, plugin: Path | None, source: str | None = None
+) -> Iterator[_Asked]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    given = (theirs, cell, root, plugin, torch.get_num_threads())
+    given = (theirs, cell, root, plugin, source, torch.get_num_threads())
     process = context.Process(target=_serve, args=given, daemon=True)
-    process.start()
+    with unsignalled():
+        process.start()
     theirs.close()
     try:
         yield _Asked(cell, ours)
@@ -365,15 +379,22 @@ def _subject(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_As
 
 
 def _serve(
-    connection: Connection, cell: Cell, root: Path | None, plugin: Path | None, threads: int
+    connection: Connection,
+    cell: Cell,
+    root: Path | None,
+    plugin: Path | None,
+    source: str | None,
+    threads: int,
 ) -> None:
     """Answer questions about one cell until the other side hangs up."""
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to deal with
     try:
+        if source not in (None, source_hash(plugin)):
+            connection.send(("changed", None))
+            return
         load_plugin(plugin)
-        source = datasets.get(cell.dataset)(root=root).load("train").to(cell.device)
-        subject = Subject(cell, source)
+        train = datasets.get(cell.dataset)(root=root).load("train").to(cell.device)
+        subject = Subject(cell, train)
         while True:
             name, *arguments = connection.recv()
             connection.send(("done", getattr(subject, name)(*arguments)))
@@ -393,6 +414,8 @@ def _ask(subject: _Asked, *question: Any) -> Any:
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         why = "the measuring process died; perhaps of too little memory"
         raise MeasuringError(subject.cell, why) from error
+    if status == "changed":
+        raise SourceChangedError
     if status == "failed":
         raise MeasuringError(subject.cell, f"measuring failed: {answer}")
     return answer

@@ -10,6 +10,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import algorithms
+import datasets
 from bench.errors import BenchError
 
 
@@ -39,6 +41,7 @@ def load_plugin(path: Path | None) -> None:
     """
     if path is None:
         return
+    algorithms.names(), datasets.names()  # first, so that no plug-in passes for one of them
     spec = importlib.util.spec_from_file_location(f"bench_plugin_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise BenchError(f"--plugin: {path} is not a Python file")
@@ -46,5 +49,5 @@ def load_plugin(path: Path | None) -> None:
     sys.modules[spec.name] = module  # where pickle looks for what is of a plug-in's classes
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BenchError(f"--plugin: {path} fails: {type(error).__name__}: {error}") from error

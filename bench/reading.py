@@ -135,6 +135,8 @@ def failures_of(written: Any) -> dict[str, Any]:
             if cell_of(failure["settings"]).id == cell_id:
                 # A reason has many lines and may hold anything, but what is no text.
                 reason = failure["reason"].encode(errors="replace").decode()
+                if not isinstance(failure.get("diverged_at", 0), int):
+                    continue
                 found[cell_id] = failure | {"reason": reason}
         except (AttributeError, KeyError, TypeError, ValueError):
             continue

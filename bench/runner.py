@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import signal
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pandas as pd
@@ -21,7 +20,7 @@ from bench import measure, plots
 from bench.dispatch import dispatch, employed
 from bench.distributed import ALONE, Team
 from bench.environment import git_commit
-from bench.errors import BenchError, CellError
+from bench.errors import BenchError, CellError, SourceChangedError
 from bench.executors import Crew, Job, Kit
 from bench.failures import Failure, failure_of
 from bench.files import write_table
@@ -29,6 +28,7 @@ from bench.making import Sources, check_gradient, train_and_evaluate
 from bench.progress import Display
 from bench.protocol import evaluate
 from bench.reading import cell_of
+from bench.signals import Interrupted, interruptible
 from bench.store import PERFORMANCE, Record, Run, source_hash
 from bench.sweep import Cell, Sweep
 from bench.training import build, train, validations
@@ -78,6 +78,9 @@ def check(
             source = sources.get(cell.dataset, spec.split, "cpu")
             if source is not None:
                 source.check(spec)
+        # What an evaluation costs is measured on training data.
+        measured = replace(cell.train_spec(0), shots=cell.shots)
+        sources.require(cell.dataset, "train", "cpu").check(measured)
         test = sources.require(cell.dataset, cell.test_spec.split, "cpu")
         there = test.episodes(cell.test_spec)
         if there is not None and there < cell.episodes:
@@ -86,9 +89,9 @@ def check(
                 f"episodes with {cell.test_shots} test shots in its {cell.test_spec.split} split, "
                 f"not {cell.episodes}; give --episodes {there}"
             )
-        build(
-            cell.model_copy(update={"device": "cpu"}), sources.require(cell.dataset, "train", "cpu")
-        )
+        with tried_out(cell):
+            on_cpu = cell.model_copy(update={"device": "cpu"})
+            build(on_cpu, sources.require(cell.dataset, "train", "cpu"))
         try:
             cell_of(cell.model_dump())
         except ValueError as error:
@@ -99,12 +102,23 @@ def check(
         if precision != "float32" and not cell.device.startswith("cuda"):
             raise BenchError(f"precision {precision} is for NVIDIA GPUs, not for {cell.device}")
     for cell in {_computed(cell): cell for cell in cells}.values():
-        try:
+        with tried_out(cell):
             check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))
-        except (BenchError, AlgorithmError, DatasetError):
-            raise
-        except Exception as error:
-            raise BenchError(f"{failure_of(error).line}, when {cell} was tried out") from error
+
+
+@contextmanager
+def tried_out(cell: Cell) -> Iterator[None]:
+    """Whatever goes wrong within, in code of other hands perhaps, is one line about a cell.
+
+    Raises:
+        BenchError, AlgorithmError, DatasetError: it went wrong.
+    """
+    try:
+        yield
+    except (BenchError, AlgorithmError, DatasetError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise BenchError(f"{failure_of(error).line}, when {cell} was tried out") from error
 
 
 def _computed(cell: Cell) -> tuple[Any, ...]:
@@ -159,6 +173,8 @@ def check_device(name: str) -> None:
 
 def is_here(name: str) -> bool:
     """Whether a device is there."""
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps") or name.startswith("cpu:"):
+        return False
     try:
         torch.zeros(1, device=torch.device(name))
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -208,7 +224,7 @@ def run(
         store.recover(source, lambda left: sources.could_have_made(left.cell, left.figures))
         done, damaged = store.state(cells)  # asked now that no other run writes here
         work = _Work(sweep, store, source, sources, display, interrupted, team)
-        failed = {cell.id for cell in cells if cell.id in store.failures()} - done
+        failed = ({cell.id for cell in cells} & store.failures().keys()) - done
         if retry_failed:
             failed = set()
         display.begin(cells, done=len(done), failed=len(failed))
@@ -246,6 +262,12 @@ class _Work:
         """Note that a cell failed, and say so in one line."""
         self.store.fail(cell, failure.reason, failure.diverged_at)
         self.display.failed(cell, failure.line)
+
+    def check_source(self) -> None:
+        """Raise :class:`SourceChangedError` where a process that failed may have read other source
+        than the run's."""
+        if source_hash(self.sweep.plugin) != self.source:
+            raise SourceChangedError
 
     def trained_before(self, cell: Cell) -> dict[str, Any] | None:
         """The figures of a cell that has only to be measured."""
@@ -315,8 +337,7 @@ def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
     for cell in (cell for group in groups for cell in group):
         before = work.trained_before(cell)
         if before is None:
-            place = work.store.workplace(cell)
-            jobs.append(Job(cell, place, work.source, work.sweep.verify_gradients))
+            jobs.append(Job(cell, work.store.place(cell), work.source, work.sweep.verify_gradients))
         else:
             trained[cell.id] = before
     sources = work.sources.of(job.cell for job in jobs)
@@ -332,6 +353,7 @@ def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
         with employed(crew, kit, jobs):
             for cell, outcome in dispatch(crew, jobs, work.display, work.interrupted):
                 if isinstance(outcome, Failure):
+                    work.check_source()
                     work.failed(cell, outcome)
                 else:
                     trained[cell.id] = work.trained(cell, outcome)
@@ -365,7 +387,12 @@ class _Measured:
 
 
 def _measure(cells: Sequence[Cell], work: _Work) -> _Measured:
-    """Measure cells side by side, without those with which it does not work."""
+    """Measure cells side by side, without those with which it does not work.
+
+    Raises:
+        KeyboardInterrupt: the run is to stop.
+        SourceChangedError: the code is no longer what trained them.
+    """
     ready, errors = list(cells), list[measure.MeasuringError]()
     if ready and not is_here(ready[0].device):
         work.display.unmeasured(ready)
@@ -373,9 +400,13 @@ def _measure(cells: Sequence[Cell], work: _Work) -> _Measured:
     while ready:
         work.display.measuring(ready)
         try:
-            found = measure.measure(ready, work.sweep.data_root, work.sweep.plugin)
+            place = (work.sweep.data_root, work.sweep.plugin)
+            found = measure.measure(ready, *place, work.source)
             return _Measured(list(zip(ready, found, strict=True)), errors)
         except measure.MeasuringError as error:
+            if work.interrupted():  # whatever came over the process may have been meant for the run
+                raise KeyboardInterrupt from error
+            work.check_source()
             errors.append(error)
             ready.remove(error.cell)
     return _Measured([], errors)
@@ -409,38 +440,9 @@ def follow(sources: Sources, team: Team) -> None:
                 evaluate(algorithm, test, *settings, team=team)
 
 
-class Interrupted:
-    """Whether Ctrl-C or a termination was asked for; work stops at the next safe point."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self) -> bool:
-        return self.asked
-
-
-@contextmanager
-def interruptible() -> Iterator[Interrupted]:
-    """Turn the first Ctrl-C (or SIGTERM) into a question that the work asks itself; a second one
-    stops at once."""
-    interrupted = Interrupted()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if interrupted.asked:
-            raise KeyboardInterrupt
-        interrupted.asked = True
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def estimate_seconds(cells: list[Cell], sources: Sources) -> dict[str, float]:
     """Roughly how long each cell will take, by its id, from two meta-steps and a few episodes of
-    each kind of cell."""
+    each kind of cell; NaN where these diverge."""
     known: dict[str, float] = {}
     found: dict[str, float] = {}
     for cell in cells:
@@ -453,11 +455,14 @@ def estimate_seconds(cells: list[Cell], sources: Sources) -> dict[str, float]:
 def _estimate(cell: Cell, sources: Sources) -> float:
     if not is_here(cell.device):
         raise BenchError(f"--dry-run times a few steps, and there is no {cell.device} here")
-    subject = measure.Subject(cell, sources.require(cell.dataset, "train", cell.device))
-    subject.once(measure.STEP, 0)
-    step = subject.once(measure.STEP, 1)["seconds"]
-    subject.once(measure.EVALUATION, 0)
-    episode = subject.once(measure.EVALUATION, 1)["seconds"] / measure.EPISODES
+    try:
+        subject = measure.Subject(cell, sources.require(cell.dataset, "train", cell.device))
+        subject.once(measure.STEP, 0)
+        step = subject.once(measure.STEP, 1)["seconds"]
+        subject.once(measure.EVALUATION, 0)
+        episode = subject.once(measure.EVALUATION, 1)["seconds"] / measure.EPISODES
+    except CellError:  # as it diverges at once, which the run will note
+        return math.nan
     episodes = cell.episodes + validations(cell) * cell.val_episodes
     turns = measure.WARM_UP + measure.REPEATS
     measuring = turns * (step + measure.EPISODES * episode)

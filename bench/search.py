@@ -24,7 +24,8 @@ import tomli_w
 from bench.errors import BenchError, CellError
 from bench.files import write_table, write_text
 from bench.making import Sources, check_gradient, data_hash
-from bench.runner import check_device, interruptible
+from bench.runner import check_device, tried_out
+from bench.signals import interruptible
 from bench.store import source_hash, to_json
 from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
 from bench.training import Progress, build, train
@@ -40,6 +41,8 @@ try:
 except ImportError as error:
     raise BenchError("a search needs optuna: pip install 'fewshot-bench[search]'") from error
 
+YARDSTICK = ("eval_seed", "val_episodes", "val_every", "episodes", "protocol", "test_shots")
+"""Settings by which trials would be judged unlike one another."""
 STARTUP = 5
 """Trials before the first is pruned, against the median of those that are complete."""
 
@@ -148,6 +151,8 @@ def prepare(sweep: Sweep, space: str, sources: Sources) -> Search:
     for name in ranges:
         if name in sweep.set:
             raise BenchError(f"{name} is given twice: to be searched, and with a value")
+        if name in YARDSTICK:
+            raise BenchError(f"{name} is what trials are judged by, and cannot be searched")
     # Which names there are, and which values can be, is for the cells to say.
     ends = {name: found.values for name, found in ranges.items()}
     sweep.model_copy(update={"set": {**sweep.set, **ends}}).cells()
@@ -179,7 +184,10 @@ def prepare(sweep: Sweep, space: str, sources: Sources) -> Search:
         validation.check(cell.val_spec)
         for place in (0, -1):
             corner = {name: ranges[name].values[place] for name in spaces[algorithm]}
-            build(search.cell(algorithm, corner).model_copy(update={"device": "cpu"}), training)
+            there = search.cell(algorithm, corner)
+            training.check(there.train_spec(0))
+            with tried_out(there):
+                build(there.model_copy(update={"device": "cpu"}), training)
         check_gradient(cell, training)
     return search
 
@@ -190,6 +198,8 @@ def _parsed(text: str) -> dict[str, Range]:
     for part in text.split(","):
         name, sign, values = (piece.strip() for piece in part.partition("="))
         name = name.replace("-", "_")
+        if name in found:
+            raise BenchError(f"--space: {name} is given twice")
         choices = values.split("|")
         ends = values.split(":")
         if sign and name and len(choices) > 1 and all(choices):

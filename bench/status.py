@@ -74,7 +74,8 @@ class Status:
         grid: how many points its axes span, which is no fewer.
         done: the complete cells.
         failed: why cells failed, by their ids.
-        underway: the cells in workplaces.
+        underway: the cells in workplaces that are neither complete nor failed.
+        others: how many more workplaces there are, of cells that the sweep does not ask for.
         damaged: folders of cells that cannot be read.
         ends: seconds until the run ends; None where nothing tells.
         because: what that comes from, or why there is none.
@@ -88,6 +89,7 @@ class Status:
     done: list[Record]
     failed: dict[str, str]
     underway: list[Underway]
+    others: int
     damaged: list[str]
     ends: float | None
     because: str
@@ -123,13 +125,13 @@ class Status:
         """The status for a terminal."""
         most = "" if self.asked is not None else "at most "
         total = self.grid if self.asked is None else len(self.asked)
-        others = len(self.done) - len(self.wanted)
-        also = f"; {others} more, which the sweep does not ask for" if others else ""
         yield f"{self.folder}: {self._state()}"
+        also = _unasked(len(self.done) - len(self.wanted))
         yield f"done       {len(self.wanted)} of {most}{total}{also}"
         yield f"failed     {len(self.failed)}"
         yield from self._named((id, reason) for id, reason in self.failed.items())
-        yield f"{'running  ' if self.holder else 'half done'}  {len(self.underway)}"
+        also = _unasked(self.others)
+        yield f"{'running  ' if self.holder else 'half done'}  {len(self.underway)}{also}"
         yield from self._named((one.id, self._progress(one)) for one in self.underway)
         yield f"left       {most}{self.left}"
         if self.damaged:
@@ -170,6 +172,10 @@ class Status:
         return f"about {when}, in {_duration(self.ends)}: {self.because}"
 
 
+def _unasked(count: int) -> str:
+    return f"; {count} more, which the sweep does not ask for" if count else ""
+
+
 def _few(lines: Sequence[str]) -> Iterator[str]:
     yield from (f"  {line}" for line in lines[:MOST_NAMED])
     if len(lines) > MOST_NAMED:
@@ -199,6 +205,9 @@ def read(folder: Path) -> Status:
         asked = None
     failures = {id: f for id, f in run.failures().items() if id not in complete}
     failed = {id: _first_line(failure["reason"]) for id, failure in failures.items()}
+    begun = [one for one in underway if one.id not in failed]
+    wanted = {one.id for one in begun} if asked is None else {cell.id for cell in asked}
+    underway = [one for one in begun if one.id in wanted]
     cells = {cell.id: cell for cell in [*(asked or []), *(record.cell for record in done)]}
     cells |= {id: Cell(**failure["settings"]) for id, failure in failures.items()}
     touched = {*complete, *failed}
@@ -212,6 +221,7 @@ def read(folder: Path) -> Status:
         done,
         failed,
         underway,
+        len(begun) - len(underway),
         [id for id in there if id not in complete],
         ends,
         because,

@@ -136,11 +136,16 @@ class Run:
             raise BenchError(f"cannot write to {self.folder}: {reason}") from error
         return lock
 
-    def workplace(self, cell: Cell) -> Path:
-        """The folder in which a cell is being made."""
+    def place(self, cell: Cell) -> Path:
+        """Where :meth:`workplace` is, or will be."""
         folder = self.cells / f".{cell.id}"
         if folder.is_symlink():  # to a place that is not this run's
             folder.unlink()
+        return folder
+
+    def workplace(self, cell: Cell) -> Path:
+        """The folder in which a cell is being made."""
+        folder = self.place(cell)
         make_folder(folder)
         return folder
 
@@ -154,8 +159,8 @@ class Run:
         """What :meth:`note_trained` noted; None where it did not, or not of this source and these
         data, or where a file has changed since."""
         try:
-            noted = _opened(self.workplace(cell), TRAINED)
-            _verify(self.workplace(cell), noted)
+            noted = _opened(self.place(cell), TRAINED)
+            _verify(self.place(cell), noted)
         except (OSError, ValueError):
             return None
         figures: dict[str, Any] = noted["figures"]

@@ -363,11 +363,9 @@ class EpisodeLoader:
         return -(-episodes // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        try:
-            for index in itertools.count():
-                yield self[index]
-        except IndexError:
-            return
+        endless = self.source.episodes(self.spec) is None
+        for index in itertools.count() if endless else range(len(self)):
+            yield self[index]
 
 
 def collate(tasks: Sequence[Task]) -> Batch:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,11 @@ TorchmetaBatch = OrderedDict[str, list[Tensor]]
 class Rotation:
     """torchmeta's class augmentation: every angle, in degrees, is a new class."""
 
-    angles: Sequence[float]
+    angles: Any
+
+    def __post_init__(self) -> None:
+        if isinstance(self.angles, int | float):
+            object.__setattr__(self, "angles", (self.angles,))
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Categorical:
 class MetaDataset:
     """What the helpers return, for :class:`BatchMetaDataLoader`."""
 
-    episodes: EpisodeLoader
+    episodes: EpisodeLoader = field(repr=False)
     names: tuple[str, str] = ("train", "test")
     """What batches call the support set and the query set."""
 

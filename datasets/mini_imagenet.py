@@ -111,8 +111,9 @@ def _checked(content: Any, path: Path) -> tuple[np.ndarray, dict[str, np.ndarray
             f"image_data of {path} is {images.dtype} {images.shape}; it must be uint8 {SHAPE}"
         )
     rows = {str(wnid): _rows(at, len(images), f"{wnid}"[:20], path) for wnid, at in classes.items()}
-    if sum(map(len, rows.values())) > len(images):
-        raise DatasetError(f"class_dict of {path} has more rows than image_data")
+    every = np.concatenate([*rows.values(), np.empty(0, np.int64)])
+    if every.size > len(images) or np.unique(every).size < every.size:
+        raise DatasetError(f"class_dict of {path} has a row of image_data twice")
     return images, rows
 
 

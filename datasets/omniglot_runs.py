@@ -91,7 +91,7 @@ def answers(text: bytes, where: str) -> list[int]:
     said = dict(
         line.split()
         for line in text.decode("ascii", "replace").splitlines()
-        if line.count(" ") == 1
+        if len(line.split()) == 2
     )
     classes = {f"{run}/training/class{number:02}.png": number - 1 for number in range(1, WAYS + 1)}
     items = [f"{run}/test/item{number:02}.png" for number in range(1, WAYS + 1)]

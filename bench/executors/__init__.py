@@ -38,6 +38,8 @@ __all__ = [
 
 EXECUTORS = ("local", "ray", "slurm")
 GIB = 2**30
+MOST = 1e9
+"""Of seconds and of GiB: above it no machine is meant."""
 
 
 def hire(
@@ -74,8 +76,8 @@ def hire(
         "--measure-beside-work": (measure_beside_work or None, EXECUTORS),
     }
     for option, limit in (("--cell-timeout", cell_timeout), ("--cell-memory", memory_gib)):
-        if limit is not None and not limit > 0:
-            raise BenchError(f"{option} is {limit:g}; it must be positive")
+        if limit is not None and not 0 < limit < MOST:
+            raise BenchError(f"{option} is {limit:g}; it must be positive and below {MOST:g}")
     for option, (value, able) in asked.items():
         if value is not None and executor not in able:
             raise BenchError(f"{option} is for --executor {' and '.join(able)}")

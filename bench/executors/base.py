@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bench.errors import StorageError
+from bench.errors import RunError
 from bench.failures import Failure
 from bench.sweep import Cell
 from datasets import Source
@@ -86,7 +86,7 @@ class Moved:
     note: str = ""
 
 
-Outcome = dict[str, Any] | Failure | StorageError | None
+Outcome = dict[str, Any] | Failure | RunError | None
 """The cell's figures; or why it came to nothing; or an error of the disk, which ends the run; or
 None where it was interrupted, and goes on from its checkpoint."""
 

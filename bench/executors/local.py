@@ -28,6 +28,7 @@ from bench.errors import BenchError
 from bench.executors.base import Began, Crew, Ended, Event, Job, Kit, Lost, Needs
 from bench.failures import Failure
 from bench.plugins import load_plugin
+from bench.signals import unsignalled
 from bench.sweep import Cell
 
 STOP = "stop"
@@ -97,7 +98,8 @@ class Local(Crew):
             args=(theirs, self.parcel, self.kit.plugin, self.threads, _gpu(seat)),
             daemon=True,
         )
-        process.start()
+        with unsignalled():
+            process.start()
         theirs.close()
         member = _Member(seat, process, ours)
         self.members.append(member)
@@ -169,8 +171,6 @@ def _gpu(seat: int) -> str:
 def _serve(connection: Connection, data: Path, plugin: Path | None, threads: int, gpu: str) -> None:
     """Make the cells that are asked for, until the one who asks is gone."""
     os.environ[GPUS] = gpu
-    for number in (signal.SIGINT, signal.SIGTERM):  # for the one who asks to deal with
-        signal.signal(number, signal.SIG_IGN)
     from bench.executors import parcel
     from bench.executors.worker import Telling, alone, make
     from bench.making import Sources

@@ -30,7 +30,7 @@ from bench.executors.base import Began, Crew, Ended, Event, Job, Kit, Lost, Move
 from bench.executors.parcel import pack, unpack
 from bench.executors.worker import Telling, make, seldom
 from bench.failures import failure_of
-from bench.files import write_bytes
+from bench.files import make_folder, write_bytes
 from bench.making import STATE, Sources
 from bench.plugins import load_plugin
 from bench.store import REQUIRED
@@ -205,6 +205,7 @@ class Ray(Crew):
 
 
 def _write(workplace: Path, files: dict[str, bytes]) -> None:
+    make_folder(workplace)
     for name, contents in files.items():
         write_bytes(workplace / name, contents)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import filelock
 import torch
 
-from bench.errors import BenchError, StorageError
+from bench.errors import BenchError, RunError, SourceChangedError
 from bench.executors.base import Job, Moved, Outcome
 from bench.failures import failure_of
+from bench.files import make_folder
 from bench.making import Sources, train_and_evaluate
 from bench.store import source_hash
 from bench.sweep import Cell
@@ -77,8 +78,9 @@ def make(
     """Train and evaluate a cell in its workplace, which must be on this machine's disk."""
     try:
         if source_hash(plugin) != job.source:
-            raise BenchError("the process that was to train it has other source code than this one")
+            raise SourceChangedError
         torch.set_num_threads(threads)
+        make_folder(job.workplace)
         return train_and_evaluate(
             job.cell,
             job.workplace,
@@ -93,8 +95,8 @@ def make(
     except (Exception, SystemExit) as error:
         try:
             return failure_of(error)
-        except StorageError as disk:
-            return disk
+        except RunError as end:
+            return end
 
 
 def alone(locks: Path, patience: float, cell: Cell, work: Callable[[], Outcome]) -> Outcome:

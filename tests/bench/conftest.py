@@ -63,7 +63,9 @@ class _Here:
 
 
 @contextmanager
-def measured_here(cell: Cell, root: Path | None, plugin: Path | None) -> Iterator[_Here]:
+def measured_here(
+    cell: Cell, root: Path | None, plugin: Path | None, source: str | None = None
+) -> Iterator[_Here]:
     """In place of `measure._subject`."""
     yield _Here(cell, root)
 

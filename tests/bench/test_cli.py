@@ -133,6 +133,17 @@ def test_gradients_are_verified_after_training_where_asked(bench, tmp_path: Path
     assert (own["checkpoint_inner"], own["tasks_per_pass"]) == (True, 1)
 
 
+def test_a_dry_run_says_what_diverges_and_what_is_there(bench, tmp_path: Path) -> None:
+    run = ("run", "--algos", "maml", *QUICK, "--out", "r")
+    assert bench(*run)[0] == 0
+    status, out, _ = bench(*run, "--set", "inner_lr=0.1,1e18", "--dry-run")
+    assert status == 0
+    assert "diverges" in out
+    status, out, _ = bench(*run, "--dry-run")
+    assert "1 of 1 cells are there already" in out
+    assert "0 cells, about 0.0 minutes" in out
+
+
 def test_a_dry_run_prints_the_cells_and_writes_nothing(bench, tmp_path: Path) -> None:
     status, out, _ = bench("run", "--algos", "maml", "--shots", "1,2", *QUICK, "--dry-run")
     assert status == 0
@@ -281,6 +292,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         (("--cell-timeout", "0"), "--cell-timeout is 0; it must be positive"),
         (("--devices", "cuda:7"), "there is no device 'cuda:7'; there are cpu"),
         (("--devices", "abacus"), "there is no device 'abacus'"),
+        (("--devices", "cpu:0"), "there is no device 'cpu:0'; there are cpu"),
+        (("--devices", "meta"), "there is no device 'meta'"),
+        (("--executor", "slurm", "--cell-memory", "inf"), "--cell-memory is inf; it must be"),
         (("--norm", "layer"), "norm is 'layer'; it must be one of transductive"),
         (("--engine", "steam"), "engine is 'steam'; it must be one of auto"),
         (("--model", "resnet"), "no model is called 'resnet'"),
@@ -377,6 +391,27 @@ def test_plugins_bring_algorithms_and_datasets(bench) -> None:
     )
     assert status == 0
     assert "maml tiny" in out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import algorithms\nalgorithms.register('imaml')(type('Mine', (), {}))",
+        "import datasets\ndatasets.register('cifar_fs')(type('Mine', (), {}))",
+    ],
+)
+def test_a_plugin_does_not_pass_for_what_is_built_in(bench, tmp_path: Path, text: str) -> None:
+    # In a process of its own, in which nothing has asked for the built-in one before.
+    (tmp_path / "p.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "run", "--algos", "fomaml", "--plugin", "p.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search("two (algorithms|datasets) are called", done.stderr)
 
 
 def test_a_plugin_that_fails_is_named(bench, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Measurements are of what they say: repeats in turns, in processes of their own."""
 
 import mmap
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -9,7 +12,7 @@ import torch
 
 import datasets
 from bench import measure
-from bench.errors import CellError
+from bench.errors import CellError, SourceChangedError
 from bench.sweep import Cell, Sweep
 from tests.bench.conftest import TINY
 
@@ -220,6 +223,19 @@ def test_a_time_is_quoted_as_its_median_and_spread() -> None:
     assert (figures["step_ms"], figures["step_ms_iqr"]) == (4000, 3000)
     each = figures["eval_ms_per_episode"], figures["eval_ms_per_episode_iqr"]
     assert each == (4000 / measure.EPISODES, 3000 / measure.EPISODES)
+
+
+def test_what_is_meant_for_the_run_does_not_reach_a_measuring_process(cell: Cell) -> None:
+    with measure._subject(cell, None, TINY, None) as subject:
+        (child,) = multiprocessing.active_children()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(child.pid, number)
+        assert measure._ask(subject, "threads") == torch.get_num_threads()
+
+
+def test_other_source_is_not_measured_for_the_runs(cell: Cell) -> None:
+    with pytest.raises(SourceChangedError):
+        measure.measure([cell], plugin=TINY, source="what it was")
 
 
 def test_a_measuring_process_that_fails_is_a_failed_cell(cell: Cell) -> None:

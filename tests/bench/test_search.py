@@ -102,6 +102,8 @@ def test_what_diverges_is_noted_and_leaves_no_best(bench, tmp_path: Path) -> Non
         (("--space", "inner_steps=1:2.5"), "inner-steps: input should be a valid integer"),
         (("--space", "norm=support|layer"), "norm is 'layer'; it must be one of"),
         (("--space", "iterations=4:8"), "iterations is given twice"),
+        (("--space", "inner_lr=1:2,inner_lr=1:3"), "inner_lr is given twice"),
+        (("--space", "eval_seed=0:9"), "eval_seed is what trials are judged by"),
         (("--space", "inner_lr=0.1:1", "--shots", "1,2"), "this has 2 cells"),
         (("--space", "inner_lr=0.1:1", "--trials", "0"), "Invalid value for '--trials'"),
     ],

@@ -65,6 +65,22 @@ def test_the_exit_status_tells_a_script_what_to_do(bench, run: Run) -> None:
     assert "ends" not in out
 
 
+def test_what_failed_or_is_not_asked_for_is_not_half_done(bench, run: Run) -> None:
+    cells = SWEEP.cells()
+    finish(run, cells[1:])
+    run.workplace(cells[0])
+    assert bench("status", "r")[0] == status.STOPPED
+    run.fail(cells[0], "out of memory")
+    code, out, _ = bench("status", "r")
+    assert code == status.FAILED
+    assert "half done  0\n" in out
+    finish(run, cells[:1])
+    run.workplace(cells[0].model_copy(update={"seed": 77}))
+    code, out, _ = bench("status", "r")
+    assert code == status.COMPLETE
+    assert "half done  0; 1 more, which the sweep does not ask for" in out
+
+
 def test_it_writes_nothing(run: Run) -> None:
     finish(run, SWEEP.cells()[:2])
 

@@ -162,12 +162,13 @@ def test_what_is_missing_or_broken_is_named(folder: Path) -> None:
         ({"image_data": "no"}, "must be uint8"),
         ({"class_dict": {VAL[0]: [0, 2**70]}}, "has rows of n01855672"),
         ({"class_dict": {VAL[0]: [[0]]}}, "has rows of n01855672"),
-        ({"class_dict": dict.fromkeys(VAL, np.zeros(9**6, int))}, "more rows than image_data"),
+        ({"class_dict": dict.fromkeys(VAL, np.zeros(9**6, int))}, "a row of image_data twice"),
+        ({"class_dict": {VAL[0]: [0, 1], VAL[1]: [1]}}, "a row of image_data twice"),
         ({"class_dict": [1]}, "must hold image_data and class_dict"),
         ({"class_dict": {VAL[0]: [0, 99]}}, "has rows of n01855672 that image_data has not"),
         ({"class_dict": {VAL[0]: ["a"]}}, "has rows of n01855672"),
         ({"class_dict": {VAL[0]: [0]}}, "1 classes that are not the 16"),
-        ({"class_dict": {f"x{n}": [0] for n in range(16)}}, "16 classes that are not the 16"),
+        ({"class_dict": {f"x{n}": [] for n in range(16)}}, "16 classes that are not the 16"),
     ],
 )
 def test_a_pickled_cache_of_something_else_is_named(

@@ -95,6 +95,8 @@ LABELS = "run03/class_labels.txt"
         ({"run03/test/item05.png": bytes(2 << 20)}, "item05.png is too large to be a drawing"),
         ({LABELS: b""}, "class_labels.txt does not pair 20 items with drawings of the run"),
         ({LABELS: b"\xff\xfe \x00\n" * 20}, "does not pair 20 items"),
+        ({LABELS: b"end \n"}, "does not pair 20 items"),
+        ({LABELS: b"a\tb c\n"}, "does not pair 20 items"),
     ],
 )
 def test_a_broken_archive_is_named_in_one_line(
