@@ -63,4 +63,6 @@ class DamagedError(ValueError):
 def printable(text: str) -> str:
     """Text from outside as one line that cannot steer a terminal."""
     line = " ".join(text.split())
+    if line.isprintable():  # as nearly all are, and there are thousands
+        return line
     return "".join(letter if letter.isprintable() else UNPRINTABLE for letter in line)

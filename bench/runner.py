@@ -218,7 +218,7 @@ def run(
     store = Run(folder)
     source = source_hash(sweep.plugin)
     check_folder(folder, sweep, cells, sources, accept_changed_code)
-    if threads is not None and crew is None:
+    if threads is not None:  # also where others train: this one measures
         torch.set_num_threads(threads)
     with store.start(sweep), interruptible() as interrupted:
         store.recover(source, lambda left: sources.could_have_made(left.cell, left.figures))
@@ -239,6 +239,9 @@ def run(
                     _run_group(group, work)
             else:
                 _run_by(crew, groups, work)
+        except KeyboardInterrupt:
+            store.write_summary()
+            raise
         finally:
             display.end()
         summary, swept = store.write_summary()

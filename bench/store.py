@@ -213,7 +213,11 @@ class Run:
         failure: dict[str, Any] = {"settings": cell.model_dump(), "reason": reason}
         if diverged_at is not None:
             failure["diverged_at"] = diverged_at
-        write_text(self.folder / "failures.json", to_json(self.failures() | {cell.id: failure}))
+        path = self.folder / "failures.json"
+        known = self.failures()
+        if not known and path.is_file() and path.stat().st_size > len("{}\n"):
+            path.rename(path.with_name("failures.damaged.json"))  # for whoever can still read it
+        write_text(path, to_json(known | {cell.id: failure}))
 
     def forgive(self, cell: Cell) -> None:
         """Forget an earlier failure of a cell."""

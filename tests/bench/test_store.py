@@ -159,3 +159,14 @@ def test_the_source_hash_is_of_the_code_and_of_the_plugin(tmp_path: Path) -> Non
     assert first == source_hash(plugin)
     plugin.write_text("a = 2\n")
     assert len({first, source_hash(plugin), source_hash()}) == 3
+
+
+def test_failures_that_cannot_be_read_are_kept_aside(run: Run, cell: Cell) -> None:
+    path = run.folder / "failures.json"
+    path.write_text('{"cut')
+    run.fail(cell, "out of memory")
+    assert list(run.failures()) == [cell.id]
+    assert path.with_name("failures.damaged.json").read_text() == '{"cut'
+    run.forgive(cell)
+    run.fail(cell, "out of memory")
+    assert path.with_name("failures.damaged.json").read_text() == '{"cut'
