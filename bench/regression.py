@@ -210,7 +210,7 @@ def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 1
         f"time and memory where growth is above {slowdown:g}% and the 95% interval, "
         "which allows runs to differ by as much as repeats do, is above 0."
     )
-    return Check(findings, failed, len(alone[1]) - len(failed), notes, rule)
+    return Check(findings, failed, max(len(alone[1]) - len(failed), 0), notes, rule)
 
 
 # Which cells belong together

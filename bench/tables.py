@@ -220,9 +220,10 @@ def missing(sweep: Sweep, there: Sequence[Cell]) -> list[str]:
 
     Axes, not cell ids: those would need the sweep's plug-in, and a report runs nobody's code.
     """
-    swept_axes = [product([n], values) for n, values in sweep.set.items() if len(values) > 1]
-    points = list(map(list, swept_axes))
-    asked = (
+    points = [
+        [(name, value) for value in values] for name, values in sweep.set.items() if len(values) > 1
+    ]
+    asked: Iterator[tuple[Any, ...]] = (
         (dataset, *rest)
         for dataset in sweep.datasets
         for rest in product(

@@ -44,7 +44,7 @@ def quick() -> None:
     store.environment = lambda sweep: {}
 
 
-def made_up(cells: Sequence[Any], root: Any = None, plugin: Any = None) -> list[pd.DataFrame]:
+def made_up(cells: Sequence[Any], root: Any = None, *context: Any) -> list[pd.DataFrame]:
     """Stands for :func:`bench.measure.measure`, whose processes take seconds to start."""
     columns = {"repeat": 0, "seconds": 0.5, "wall_seconds": 0.5, "process_seconds": 0.5}
     rows = [
