@@ -6,6 +6,7 @@ a question for help or a mistyped option should not wait for.
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -243,6 +244,9 @@ def run(
             runner.check(runner.left(cells, folder), sources, team.size, crew)
         for note in sweep.notes():
             console.print(note)
+        there = len(cells) - len(runner.left(cells, folder))
+        if sweep.verify_gradients and there:
+            console.print(f"note:  {there} cells are there already, and are not verified")
         if dry_run:
             runner.check_folder(folder, sweep, cells, sources, accept_changed_code)
             left = runner.left(cells, folder)
@@ -616,6 +620,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     full disk and bad input get one line on stderr.
     """
     status = 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may be one for ASCII alone
+        sys.stdout.reconfigure(errors="replace")
     try:
         ended = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         return int(ended or 0)

@@ -131,6 +131,19 @@ def test_gradients_are_verified_after_training_where_asked(bench, tmp_path: Path
     (record,) = Run(tmp_path / "r").records()
     own = record.cell.hyperparameters
     assert (own["checkpoint_inner"], own["tasks_per_pass"]) == (True, 1)
+    again = bench("run", "--algos", "maml", *QUICK, *asked, "--out", "r")
+    assert "note:  1 cells are there already, and are not verified" in again[1]
+
+
+def test_a_terminal_for_ascii_alone_ends_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "list", "datasets"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"glyphs" in done.stdout
 
 
 def test_a_dry_run_says_what_diverges_and_what_is_there(bench, tmp_path: Path) -> None:
