@@ -18,6 +18,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -521,12 +522,14 @@ def _detecting(power: float, alpha: float) -> Callable[[int], float]:
     """By degrees of freedom, how many standard errors a mean has to be from 0 to be found."""
     inside_unit(power, "power")
     inside_unit(alpha, "alpha")
+    return lambda freedom: _errors_to_detect(freedom, power, alpha)
 
-    def errors(freedom: int) -> float:
-        critical = _t_quantile(alpha, freedom)
-        return float(special.nctdtrinc(freedom, 1 - power, critical)) if freedom > 0 else math.nan
 
-    return errors
+@cache
+def _errors_to_detect(freedom: int, power: float, alpha: float) -> float:
+    """Asked again for each of thousands of pairs, and slow to find."""
+    critical = _t_quantile(alpha, freedom)
+    return float(special.nctdtrinc(freedom, 1 - power, critical)) if freedom > 0 else math.nan
 
 
 def _margin_test(d: Floats, margin: float, alpha: float, two_sided: bool) -> MarginTest:
