@@ -241,19 +241,19 @@ def run(
     folder = out or runner.default_folder(cells)
     with distributed.led(team):
         with console.status("reading the data and checking gradients"):
-            runner.check(runner.left(cells, folder), sources, team.size, crew)
+            left = runner.left(cells, folder)
+            runner.check(left, sources, team.size, crew)
         for note in sweep.notes():
             console.print(note)
-        there = len(cells) - len(runner.left(cells, folder))
+        there = len(cells) - len(left)
         if sweep.verify_gradients and there:
             console.print(f"note:  {there} cells are there already, and are not verified")
         if dry_run:
             runner.check_folder(folder, sweep, cells, sources, accept_changed_code)
-            left = runner.left(cells, folder)
             with console.status("timing a few steps of each kind of cell"):
                 seconds = runner.estimate_seconds(left, sources)
-            if len(left) < len(cells):
-                console.print(f"{len(cells) - len(left)} of {len(cells)} cells are there already")
+            if there:
+                console.print(f"{there} of {len(cells)} cells are there already")
             return _print_plan(left, seconds, console)
         try:
             display = Display(console)
@@ -616,8 +616,8 @@ def list_recipes() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status.
 
-    0 for success, 1 where a cell failed or the disk is full, 2 for bad input, 130 for Ctrl-C; a
-    full disk and bad input get one line on stderr.
+    0 for success, 1 where a cell failed or the run had to end (a full disk, changed source), 2 for
+    bad input, 130 for Ctrl-C; what ends a run and bad input get one line on stderr.
     """
     status = 2
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may be one for ASCII alone

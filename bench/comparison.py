@@ -43,7 +43,7 @@ from bench.stats import (
     seeds_to_resolve,
 )
 from bench.store import PERFORMANCE, Record, Run, in_threads
-from bench.sweep import Cell, said, told_apart, varied
+from bench.sweep import Cell, labelled, said, varied
 from bench.sweep import names as cell_names
 
 ALPHA = 0.05
@@ -239,7 +239,7 @@ class Entrant:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The algorithm and the settings, as :func:`bench.sweep.told_apart` takes them."""
+        """The algorithm and the settings, as :func:`bench.sweep.labelled` takes them."""
         own = {name: value for name, value in self.settings.items() if name not in COUNTS}
         return {"algorithm": self.algorithm, **own}
 
@@ -271,10 +271,7 @@ def labels(
     rows = [entrant.row for entrant in field]
     for cell in lost:  # which engine would have run is not known
         rows.append({n: v for n, v in cell.row().items() if (n, v) != ("engine", "auto")})
-    names = [
-        f"{row['algorithm']} ({own})" if own else row["algorithm"]
-        for row, own in zip(rows, told_apart(rows), strict=True)
-    ]
+    names = labelled(rows)
     return dict(zip(field, names, strict=False)), names[len(field) :]
 
 

@@ -97,39 +97,29 @@ def pairs(task: Task, rows: Iterable[Row]) -> list[Row]:
 def level_with_best(task: Task, rows: Iterable[Row]) -> list[str]:
     """The entry with the best mean, and those that were compared with it and that it does not
     beat."""
-    return [task.rows["label"].iloc[0], *_level(task, rows), *_ahead(task, rows)]
-
-
-def _level(task: Task, rows: Iterable[Row]) -> list[str]:
-    """Entries not told apart from the one with the best mean."""
     best = task.rows["label"].iloc[0]
-    return [other for other, row in _against(best, pairs(task, rows)) if not row.better]
+    return [best, *(other for other, better in _against_best(task, rows) if better != best)]
 
 
-def _ahead(task: Task, rows: Iterable[Row]) -> list[str]:
-    """Entries that are better than the one with the best mean, which is over seeds of its own, on
-    the seeds that both have."""
+def _against_best(task: Task, rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """What the entry with the best mean was compared with, and who was better, if anyone. It may be
+    the other one: a mean is over an entry's own seeds, a comparison over those that both have."""
     best = task.rows["label"].iloc[0]
-    return [other for other, row in _against(best, pairs(task, rows)) if row.better == other]
-
-
-def _against(label: str, rows: Iterable[Row]) -> list[tuple[str, Row]]:
-    """What an entry was compared with, and how that ended."""
-    found = []
-    for row in rows:
-        both = [row.algorithm_a, row.algorithm_b]
-        if label in both:
-            both.remove(label)
-            found.append((both[0], row))
-    return found
+    return [
+        (row.algorithm_b if row.algorithm_a == best else row.algorithm_a, row.better)
+        for row in pairs(task, rows)
+        if best in (row.algorithm_a, row.algorithm_b)
+    ]
 
 
 def verdict(task: Task, rows: Sequence[Row]) -> Verdict:
     """What a task's entries and their comparisons come to."""
     first = task.rows.iloc[0]
     best = first["label"]
-    level, ahead = _level(task, rows), _ahead(task, rows)
-    beaten = [other for other, row in _against(best, pairs(task, rows)) if row.better == best]
+    against = _against_best(task, rows)
+    ahead = [other for other, better in against if better == other]
+    beaten = [other for other, better in against if better == best]
+    level = [other for other, better in against if not better]
     lines = []
     if ahead:
         lines.append(f"Worse than {listed(_few(ahead))} on the seeds that both have.")

@@ -201,8 +201,7 @@ def _in_all(blocks: Sequence[Block]) -> list[str]:
 
 def _not_in_all(blocks: Sequence[Block]) -> list[str]:
     """The algorithms that met some settings, but not every one."""
-    there = sorted({name for block in blocks for name in block.scores})
-    return [name for name in there if not all(name in block.scores for block in blocks)]
+    return sorted({name for block in blocks for name in block.scores}.difference(_in_all(blocks)))
 
 
 def _but(without: Sequence[str], unlike: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from bench.comparison import Row
 from bench.errors import printable
 from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
+from bench.plots import OVERS
 from bench.progress import decimals
 from bench.tables import COUNTS, Tables, varying
 
@@ -23,7 +24,6 @@ INTERVALS = (
 )
 
 
-AGAIN = "the algorithm, trained again, on these test episodes"
 HALF = "$\\pm$: half of the 95\\% interval"
 
 
@@ -136,10 +136,10 @@ def _caption(board: pd.DataFrame, compared: bool) -> str:
     seeds, models = board[board["over"] == "seeds"], board[board["over"] == "episodes"]
     if not seeds.empty:
         counts = "--".join(str(n) for n in sorted({seeds["seeds"].min(), seeds["seeds"].max()}))
-        parts.append(f"{HALF} over {counts} seeds ({AGAIN}).")
+        parts.append(f"{HALF} {OVERS['seeds'].replace('seeds', f'{counts} seeds', 1)}.")
     if not models.empty:
         start = HALF if seeds.empty else "$^\\dagger$: one seed, interval"
-        parts.append(f"{start} over test episodes (this trained model on new tasks).")
+        parts.append(f"{start} {OVERS['episodes']}.")
     lesser = board[(board["failed"] > 0) & (board["seeds"] > 0)]
     less = [f"{tex(row['label'])}: {lost(row)}" for _, row in lesser.iterrows()]
     if less:

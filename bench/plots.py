@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from bench.failures import lost
 from bench.files import whole
 from bench.stats import mean_interval
-from bench.sweep import PLACE, SETTING, in_order, told_apart
+from bench.sweep import PLACE, SETTING, in_order, labelled
 
 if TYPE_CHECKING:
     from bench.tables import Tables
@@ -68,12 +68,7 @@ def draw_all(summary: pd.DataFrame, folder: Path, swept: Sequence[str] = ()) -> 
         dict(zip((*PLACE, *swept), values, strict=True))
         for values in summary[[*PLACE, *swept]].itertuples(index=False)
     ]
-    summary = summary.assign(
-        algorithm=[
-            f"{row['algorithm']} ({own})" if own else row["algorithm"]
-            for row, own in zip(rows, told_apart(rows), strict=True)
-        ]
-    )
+    summary = summary.assign(algorithm=labelled(rows))
     complete = summary[summary["status"] == "complete"]
     if complete.empty:
         return []

@@ -304,10 +304,8 @@ def decimals(metric: str, *values: float) -> int:
     per cent, one, or as many as show a digit of that; of an error three, or as many as show two
     digits of each of the values."""
     if metric == "accuracy":
-        half = 100 * abs(values[-1])
-        return digits_of(half, 1, shown=1)
-    sizes = [abs(value) for value in values if value and math.isfinite(value)]
-    return max([3, *(min(1 - math.floor(math.log10(size)), 15) for size in sizes)])
+        return digits_of(100 * values[-1], 1, shown=1)
+    return max(digits_of(value, 3) for value in values)
 
 
 def digits_of(value: float, least: int, shown: int = 2) -> int:
@@ -322,5 +320,5 @@ def milliseconds(value: float, spread: float) -> str:
     measured."""
     if pd.isna(value):
         return ""
-    digits = min(max(2 - math.floor(math.log10(value)), 0), 2) if value > 0 else 2
+    digits = min(digits_of(value, 0, shown=3), 2) if value > 0 else 2
     return f"{value:.{digits}f}" + ("" if pd.isna(spread) else f" ({spread:.{digits}f})")

@@ -306,13 +306,13 @@ class Run:
 
     def lost(self) -> list[Cell]:
         """The cells that came to nothing."""
-        return [Cell(**failure["settings"]) for failure in self.failures().values()]
+        return _cells(self.failures())
 
     def left_out(self, complete: Sequence[Cell] = ()) -> list[str]:
         """The cells that came to nothing, told apart from each other and the complete ones, and
         how."""
         failures = self.failures()
-        called = names([*complete, *self.lost()])
+        called = names([*complete, *_cells(failures)])
         found = []
         for cell_id, failure in failures.items():
             how = outcome(failure)
@@ -382,6 +382,10 @@ class Run:
         ):
             raise ValueError("scores are not there once for each episode and step")
         return read["metric"][order].astype(np.float64).reshape(shape)
+
+
+def _cells(failures: dict[str, Any]) -> list[Cell]:
+    return [Cell(**failure["settings"]) for failure in failures.values()]
 
 
 def in_threads(read: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:

@@ -531,7 +531,8 @@ def varied(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         first = firsts.setdefault(tuple(row[name] for name in PLACE), {})
         for name, value in row.items():
-            if name != "seed" and first.setdefault(name, said(value)) != said(value):
+            text = said(value)
+            if name != "seed" and first.setdefault(name, text) != text:
                 found.add(name)
     return sorted(found)
 
@@ -554,6 +555,14 @@ def told_apart(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if name in row
         )
         for row in rows
+    ]
+
+
+def labelled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each row's algorithm, with what tells it from its namesakes."""
+    return [
+        f"{row['algorithm']} ({own})" if own else str(row["algorithm"])
+        for row, own in zip(rows, told_apart(rows), strict=True)
     ]
 
 

@@ -87,7 +87,7 @@ class Moved:
 
 
 Outcome = dict[str, Any] | Failure | RunError | None
-"""The cell's figures; or why it came to nothing; or an error of the disk, which ends the run; or
+"""The cell's figures; or why it came to nothing; or what ends the run; or
 None where it was interrupted, and goes on from its checkpoint."""
 
 
