@@ -49,6 +49,7 @@ OVERS = {
 MIXED = "over seeds, or over episodes for one seed"
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARGIN_INCHES = 0.1
+DPI = 200
 MOST_TICKS = 8
 """Swept values that are written at an axis, each where it is; for more, round numbers are."""
 MOST_DRAWN = 20
@@ -96,6 +97,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent.is_symlink():  # to a place that is not this run's
         raise OSError(errno.ELOOP, f"{path.parent.name} is a link to elsewhere")
+    figure.set_dpi(DPI)  # hinting makes text at another resolution wider, or narrower, by a little
     if engine := figure.get_layout_engine():  # once for both: with many panels it takes longest
         engine.execute(figure)
         figure.set_layout_engine(None)  # "none" would keep one, for which savefig draws twice
@@ -104,7 +106,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
         target = path.with_name(f"{path.name}.{kind}")
         with whole(target) as aside:
-            figure.savefig(aside, format=kind, dpi=200, bbox_inches=bounds, metadata=metadata)
+            figure.savefig(aside, format=kind, dpi=DPI, bbox_inches=bounds, metadata=metadata)
         written.append(target)
     return written
 
