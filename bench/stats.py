@@ -527,9 +527,15 @@ def _detecting(power: float, alpha: float) -> Callable[[int], float]:
 
 @cache
 def _errors_to_detect(freedom: int, power: float, alpha: float) -> float:
-    """Asked again for each of thousands of pairs, and slow to find."""
+    """Asked again for each of thousands of pairs."""
+    if freedom < 1:
+        return math.nan
     critical = _t_quantile(alpha, freedom)
-    return float(special.nctdtrinc(freedom, 1 - power, critical)) if freedom > 0 else math.nan
+    if critical > 100:
+        # The noise of the mean is nothing beside that of its standard error, a chi: within 1e-4 of
+        # what the series below, which then has no end, comes to.
+        return critical * math.sqrt(float(special.chdtri(freedom, 1 - power)) / freedom)
+    return float(special.nctdtrinc(freedom, 1 - power, critical))
 
 
 def _margin_test(d: Floats, margin: float, alpha: float, two_sided: bool) -> MarginTest:

@@ -711,3 +711,15 @@ def test_seeds_whose_means_coincide_are_no_certainty() -> None:
     assert found.p > 1e-4
     same = np.full((2, 100), 0.04)
     assert stats.hierarchical_difference(same, np.zeros_like(same)).interval.half_width == 0
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 6, 0.05 / 105, 0.05 / 24_750, 1e-12])
+@pytest.mark.parametrize("freedom", [1, 2, 3, 9, 599])
+def test_what_can_be_detected_is_detected_with_the_power_asked_for(freedom: int, alpha: float):
+    shift = stats._detecting(0.8, alpha)(freedom)
+    generator = np.random.default_rng(0)
+    spread = np.sqrt(generator.chisquare(freedom, 400_000) / freedom)
+    found = (generator.standard_normal(400_000) + shift) / spread > scipy_stats.t.isf(
+        alpha / 2, freedom
+    )
+    assert found.mean() == pytest.approx(0.8, abs=0.004)
