@@ -84,7 +84,8 @@ class Algorithm(ABC):
         checkpoint_inner: keep of each inner step only the weights it starts from and compute it
             again in the backward pass, so that memory hardly grows with the steps; the batched
             engine's.
-        precision: of float32 products on a GPU: ``"float32"``, or ``"tf32"``, which is faster.
+        precision: of float32 products: ``"float32"``, or ``"tf32"`` or ``"bf16"``, which GPUs take
+            faster; see :mod:`algorithms.precision`.
         tasks_per_pass: adapt at most so many tasks at once, for less memory and the same gradient;
             None lets the engine choose.
 

@@ -40,6 +40,7 @@ from algorithms.inner_loop import (
     undisturbed,
 )
 from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
+from algorithms.precision import unrounded
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, str], TaskWeights], TaskLayer]] = {
     nn.Linear: TaskLinear,
@@ -221,7 +222,7 @@ class BatchedInnerLoop(InnerLoop):
             outputs: Tensor = self.norm.model(inputs.flatten(0, 1))
         finally:
             self._weights.fast = {}
-        return outputs.view(tasks, inputs.shape[1], *outputs.shape[1:])
+        return unrounded(outputs).view(tasks, inputs.shape[1], *outputs.shape[1:])
 
     def _stepped(
         self,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from algorithms.inner_loop import generator_state
 from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
+from algorithms.precision import unrounded
 from algorithms.task_convolutions import Window, convolution
 from algorithms.task_normalisation import normalise
 
@@ -137,7 +138,7 @@ class TaskBatchNorm(TaskLayer):
     def forward(self, inputs: Tensor, *, relu: bool = False) -> Tensor:
         """Normalise ``(tasks * groups * n, channels, *spatial)``, and rectify if asked to."""
         given, tasks = self.statistics, self.weights.tasks
-        rows = inputs.movedim(1, -1)
+        rows = unrounded(inputs).movedim(1, -1)
         grouped = rows.reshape(tasks * given.groups, -1, rows.shape[-1])
         if given.running or given.counted is not None:
             outputs = self._by_given(grouped)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from algorithms.losses import task_losses
 from algorithms.normalisation import EpisodicNorm, hooked
+from algorithms.precision import unrounded
 
 Fast = dict[str, Tensor]
 """Every parameter by its name in the model, ``(tasks, *shape)``: theta' of each task."""
@@ -381,7 +382,7 @@ class HigherInnerLoop(InnerLoop):
             outputs: Tensor = self._functional(inputs[0], params=weights)
         finally:
             self._functional.update_params(self._idle)
-        return outputs[None]
+        return unrounded(outputs)[None]
 
     def _optimizer(
         self, create_graph: bool, first_order: bool

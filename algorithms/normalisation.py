@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from algorithms.precision import unrounded
+
 MODES = ("transductive", "support", "single", "running")
 
 
@@ -74,6 +76,7 @@ class EpisodicBatchNorm(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Normalise ``(groups * n, channels, *spatial)``."""
         given = self.statistics
+        inputs = unrounded(inputs)
         if given.running:
             mean, var = self.averages.mean, self.averages.var
             return F.batch_norm(inputs, mean, var, self.weight, self.bias, False, 0.0, self.eps)

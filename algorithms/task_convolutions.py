@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from algorithms.kernels import Geometry, kernels_for
+from algorithms.precision import factor
 
 NATIVE_FROM = 600_000
 """Elements in a task's patches from which a native convolution a task beats one batched product of
@@ -65,6 +66,7 @@ def convolution(images: Tensor, kernels: Tensor, window: Window) -> Tensor:
     Raises:
         ValueError: shapes or types that do not fit one another.
     """
+    images, kernels = factor(images), factor(kernels)
     _check(images, kernels, window)
     if kernels_for(images) is not None or _natively(images, kernels, window):
         outputs: Tensor = Convolution.apply(images, kernels, window)  # type: ignore[no-untyped-call]

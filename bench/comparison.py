@@ -10,7 +10,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from bench.stats import (
     resolvable_over_seeds,
     seeds_to_resolve,
 )
-from bench.store import PERFORMANCE, Record, Run, in_threads
+from bench.store import PERFORMANCE, Record, Run
 from bench.sweep import Cell, labelled, said, varied
 from bench.sweep import names as cell_names
 
@@ -147,9 +147,8 @@ def read(folder: Path, *, none_will_do: bool = False) -> tuple[list[Result], lis
     run = Run(folder)
     if not run.cells.is_dir():
         raise BenchError(f"there is no run in {folder}: it has no cells/")
-    results = [
-        result for result in in_threads(partial(_whole, run), run.records(thorough=True)) if result
-    ]
+    found = (_whole(run, record) for record in run.records(thorough=True))
+    results = [result for result in found if result]
     damaged = sorted(set(run.cell_ids()) - {result.cell.id for result in results})
     if not results and not none_will_do:
         also = f"; {len(damaged)} are damaged" if damaged else ""

@@ -198,6 +198,7 @@ def train_and_evaluate(
         "train_seconds": sum(log.seconds),
         "threads": torch.get_num_threads(),
         "engine": algorithm.engine,
+        "precision": algorithm.precision,
         "episode_address": cell.test_spec.address,
         **data,
         **maker(cell.device),

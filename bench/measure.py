@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 from algorithms.kernels import Kernels
+from algorithms.precision import products_in
 from bench.errors import CellError, SourceChangedError
 from bench.plugins import load_plugin
 from bench.protocol import evaluate
@@ -222,7 +223,8 @@ class Subject:
         elif phase == EVALUATION:
             evaluate(self.algorithm, self.source, self.eval_spec, EPISODES, self.cell.eval_steps)
         else:
-            calibrate(self.cell.device)
+            with products_in(self.algorithm.precision, torch.device(self.cell.device)):
+                calibrate(self.cell.device)
         return {"phase": phase, "repeat": repeat, **self.meter.stop()}
 
     def peaks(self, repeat: int) -> dict[str, Any]:

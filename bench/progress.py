@@ -174,10 +174,13 @@ class Display:
 
 SETTINGS = (
     *("seed", "test_shots", "train_shots", "inner_steps", "eval_steps", "meta_batch"),
-    *("iterations", "episodes", "protocol", "norm", "engine", "device", "source"),
+    *("iterations", "episodes", "protocol", "norm", "engine", "precision"),
+    *("device", "source"),
 )
 """What changes the meaning of a score: shown for each row where it varies, else below."""
-SHARED = ("seed", "test_shots", "iterations", "episodes", "norm", "engine", "device")
+SHARED = (
+    *("seed", "test_shots", "iterations", "episodes", "norm", "engine", "precision", "device"),
+)
 """Of those that do not vary, the ones that are said."""
 
 

@@ -99,8 +99,8 @@ def check(
                 f"{cell.algorithm}: {error}; results have a column of that name"
             ) from error
         precision = cell.hyperparameters.get("precision", "float32")
-        if precision != "float32" and not cell.device.startswith("cuda"):
-            raise BenchError(f"precision {precision} is for NVIDIA GPUs, not for {cell.device}")
+        if precision == "tf32" and not cell.device.startswith("cuda"):
+            raise BenchError(f"precision tf32 is for NVIDIA GPUs, not for {cell.device}")
     for cell in {_computed(cell): cell for cell in cells}.values():
         with tried_out(cell):
             check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))

@@ -16,12 +16,10 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
 import numpy as np
@@ -50,10 +48,6 @@ TRAINED = "trained.json"
 
 LOOK_SECONDS = 0.5
 """How long to wait for a folder: ``status`` holds its lock for the moment of a look."""
-READERS = 4
-"""Files that are read at a time."""
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 SUMMARY_COLUMNS = (
     *("algorithm", "dataset", "ways", "shots", "test_shots", "train_shots", "seed", "device"),
@@ -62,6 +56,7 @@ SUMMARY_COLUMNS = (
     *("peak_memory_bytes", "step_gflops", "cell_id", "status"),
     # Beyond the contract's, what a fair comparison must show.
     *(
+        "precision",
         "protocol",
         "ci95_classes",
         "samples_per_step",
@@ -289,7 +284,7 @@ class Run:
 
     def records(self, thorough: bool = False) -> list[Record]:
         """The complete cells, in the order of their settings."""
-        found = in_threads(partial(self.record, thorough=thorough), self.cell_ids())
+        found = (self.record(cell_id, thorough) for cell_id in self.cell_ids())
         records = [record for record in found if record]
         rows = {record.cell.id: record.cell.row() for record in records}
         order = ("dataset", "ways", "shots", "algorithm", "seed", *varied(rows.values()))
@@ -386,12 +381,6 @@ class Run:
 
 def _cells(failures: dict[str, Any]) -> list[Cell]:
     return [Cell(**failure["settings"]) for failure in failures.values()]
-
-
-def in_threads(read: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
-    """What reading each item gives, in their order, several at a time: a disk is waited for."""
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(read, items))
 
 
 def outcome(failure: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any
@@ -26,12 +25,13 @@ from bench.measure import GROWTH
 from bench.plots import COSTS, best_first
 from bench.reading import is_score, read_columns
 from bench.stats import Over, finite, mean_interval
-from bench.store import TRAINING, Record, Run, in_threads, outcome
+from bench.store import TRAINING, Record, Run, outcome
 from bench.sweep import SETTING, Cell, Sweep, in_order, names, read_sweep, said, varied
 
 FAIRNESS = (
     *("test_shots", "train_shots", "inner_steps", "eval_steps", "norm", "meta_batch"),
-    *("iterations", "episodes", "eval_seed", "protocol", "model", "engine", "source"),
+    *("iterations", "episodes", "eval_seed", "protocol", "model", "engine", "precision"),
+    "source",
 )
 """Settings that change what a score means: a table over unlike ones shows them."""
 
@@ -143,8 +143,8 @@ def read(run: Run) -> Tables:
 def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
     """The cells that can be read, and the faults of those that cannot."""
     loaded, faults = [], []
-    names = run.cell_ids()
-    for name, found in zip(names, in_threads(partial(_load, run), names), strict=True):
+    for name in run.cell_ids():
+        found = _load(run, name)
         if isinstance(found, str):
             cell, place = run.described(name), f"cells/{printable(name)}"
             faults.append((f"{cell} ({place})" if cell else place, "damaged", found))
@@ -322,7 +322,10 @@ def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:
     return {
         **_medians([one.record.row() for one in group]),
         **_settings(first.cell),
-        "engine": first.figures.get("engine", first.cell.hyperparameters.get("engine")),
+        **{
+            name: first.figures.get(name, first.cell.hyperparameters.get(name))
+            for name in ("engine", "precision")
+        },
         "source": first.source,
         "seeds": len(group),
         "metric": first.figures["metric"],

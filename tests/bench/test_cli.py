@@ -301,7 +301,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         (("--ways", "13"), "13 ways were asked for; tiny has in its train split 12 classes"),
         (("--shots", "18"), "need 23 samples a class; tiny has in its train split a class with 20"),
         (("--set", "precision=tf32"), "precision tf32 is for NVIDIA GPUs, not for cpu"),
-        (("--set", "precision=half"), "precision is 'half'; it must be one of float32, tf32"),
+        (("--set", "precision=half"), "precision is 'half'; it must be one of float32, tf32, bf16"),
         (("--cell-timeout", "0"), "--cell-timeout is 0; it must be positive"),
         (("--devices", "cuda:7"), "there is no device 'cuda:7'; there are cpu"),
         (("--devices", "abacus"), "there is no device 'abacus'"),
