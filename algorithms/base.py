@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -452,13 +453,21 @@ def register(name: str) -> Callable[[A], A]:
 
 def names() -> list[str]:
     """Every registered algorithm: the built-in ones, then those that other packages added."""
+    _import_built_in()
+    for entry in entry_points(group="bench.algorithms"):
+        if entry.name not in _registry:
+            try:
+                register(entry.name)(entry.load())
+            except Exception as error:  # a fault of that package, and no reason to do without all
+                offered = f"{entry.value}, offered as algorithm {entry.name!r}"
+                warnings.warn(f"{offered}, cannot be loaded: {error}", stacklevel=2)
+    return list(_registry)
+
+
+def _import_built_in() -> None:
     package = importlib.import_module("algorithms")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"algorithms.{module.name}")
-    for entry in entry_points(group="bench.algorithms"):
-        if entry.name not in _registry:
-            register(entry.name)(entry.load())
-    return list(_registry)
 
 
 def get(name: str) -> type[Algorithm]:
@@ -467,6 +476,8 @@ def get(name: str) -> type[Algorithm]:
     Raises:
         AlgorithmError: no such name; the message has the nearest one.
     """
+    if name not in _registry:
+        _import_built_in()
     if name not in _registry and name not in names():  # looking for packages takes milliseconds
         near = difflib.get_close_matches(name, _registry, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_registry)}"

@@ -286,7 +286,7 @@ def data(root: Path | None) -> Iterator[Finding]:
         kind = datasets.get(name)
         try:
             kind(root=folder).load("val" if "val" in kind.splits else kind.splits[0])
-        except DatasetError as error:
+        except (DatasetError, OSError) as error:
             level: Level = "fault" if name in BUILT_IN else "warning"
             yield Finding(name, level, f"cannot be used: {error}")
         else:

@@ -54,7 +54,7 @@ def loader(
 
     Args:
         name: a name from :func:`names`.
-        ways: classes an episode (ignored by regression, which has none).
+        ways: classes an episode (of regression, which has none, a part of its address alone).
         shots: support samples a class.
         test_shots: query samples a class.
         split: ``"train"``, ``"val"`` or ``"test"``.
@@ -68,7 +68,8 @@ def loader(
 
     Returns:
         Batches with inputs float32 ``(B, ways*shots, *sample_shape)`` and targets int64
-        ``(B, ways*shots)``, or float32 ``(B, shots, out)`` for regression.
+        ``(B, ways*shots)``, or float32 ``(B, shots, out)`` for regression; besides ``"train"`` and
+        ``"test"``, those of classes have ``"classes"`` (:data:`datasets.episodes.Batch`).
 
     Raises:
         DatasetError: an unknown name or split, data that is absent or broken, or episodes that the

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import pkgutil
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -33,10 +34,11 @@ class Dataset(ABC):
     """One line for ``python -m bench list datasets``."""
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
     regression: ClassVar[bool] = False
-    """Whether a task is of one function, whose points are the shots, and ways count for nothing."""
+    """Whether a task is of one function, whose points are the shots; then the ways are a part of an
+    episode's address and nothing else."""
 
     def __init__(self, root: Path | str | None = None, download: bool = False) -> None:
-        self.root = Path(root) if root else data_root()
+        self.root = Path(root).expanduser() if root else data_root()
         self.download = download
 
     @abstractmethod
@@ -51,7 +53,7 @@ class Dataset(ABC):
 def data_root() -> Path:
     """Where data sets are looked for unless told otherwise."""
     chosen = os.environ.get("BENCH_DATA")
-    return Path(chosen) if chosen else cache_folder()
+    return Path(chosen).expanduser() if chosen else cache_folder()
 
 
 def cache_folder() -> Path:
@@ -84,13 +86,21 @@ def register(name: str) -> Callable[[D], D]:
 
 def names() -> list[str]:
     """Every registered dataset: the built-in ones, then those that other packages added."""
+    _import_built_in()
+    for entry in entry_points(group="bench.datasets"):
+        if entry.name not in _registry:
+            try:
+                register(entry.name)(entry.load())
+            except Exception as error:  # a fault of that package, and no reason to do without all
+                offered = f"{entry.value}, offered as dataset {entry.name!r}"
+                warnings.warn(f"{offered}, cannot be loaded: {error}", stacklevel=2)
+    return list(_registry)
+
+
+def _import_built_in() -> None:
     package = importlib.import_module("datasets")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"datasets.{module.name}")
-    for entry in entry_points(group="bench.datasets"):
-        if entry.name not in _registry:
-            register(entry.name)(entry.load())
-    return list(_registry)
 
 
 def get(name: str) -> type[Dataset]:
@@ -99,6 +109,8 @@ def get(name: str) -> type[Dataset]:
     Raises:
         DatasetError: no such name; the message has the nearest one.
     """
+    if name not in _registry:
+        _import_built_in()
     if name not in _registry and name not in names():  # looking for packages takes milliseconds
         near = difflib.get_close_matches(name, _registry, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_registry)}"

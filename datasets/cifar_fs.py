@@ -166,12 +166,13 @@ def _contents(path: Path, names: Sequence[str]) -> dict[str, Any]:
             members += 1
             if members > MOST_MEMBERS:
                 raise DatasetError(f"{path} has more than {MOST_MEMBERS:,} members")
-            if member.name not in wanted:
+            name = wanted.get(member.name.removeprefix("./"))
+            if name is None:
                 continue
             file = archive.extractfile(member) if member.isreg() else None
             if file is None or member.issparse():
                 raise DatasetError(f"{path}: {member.name} is not a file, but a link or the like")
-            content[wanted[member.name]] = pickles.read(file, f"{path}: {member.name}")
+            content[name] = pickles.read(file, f"{path}: {member.name}")
     for member_name, name in wanted.items():
         if name not in content:
             raise DatasetError(f"{path} is not CIFAR-100's archive: it has no {member_name}")

@@ -29,7 +29,9 @@ def locate(path: Path, *, url: str, md5: str, download: bool) -> Path:
     """
     if not path.is_file():
         if not download:
-            raise DatasetError(f"{path} is missing; --download fetches it from {url}")
+            raise DatasetError(
+                f"{path} is missing; --download (in Python download=True) fetches it from {url}"
+            )
         fetch(url, path, md5)
     return path
 
@@ -39,7 +41,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
     Raises:
         DatasetError: the address cannot be read, the folder cannot be written, or the content is
-            too large or not what was published. Nothing is left behind.
+            too large or not what was published. No file is left behind.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -65,10 +65,12 @@ class EpisodeSpec:
     def __post_init__(self) -> None:
         for name, least in (("ways", 1), ("shots", 1), ("test_shots", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole or value < least:
                 raise DatasetError(
                     f"{name} is {value!r}; it must be an integer of at least {least}"
                 )
+            object.__setattr__(self, name, int(value))
         if self.protocol not in PROTOCOLS:
             raise DatasetError(
                 f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}"
@@ -184,6 +186,10 @@ class ClassSource(Source):
                 f"{len(self.samples)} samples and {len(self.classes)} class names do not fit "
                 f"{len(self.counts)} classes of {sum(self.counts)} samples in all"
             )
+        if self.samples.dtype != torch.uint8:
+            raise DatasetError(
+                f"samples are {self.samples.dtype}; they must be torch.uint8, 0 to 255"
+            )
         if any(len({self.counts[each] for each in kin}) > 1 for kin in self._kin):
             raise DatasetError("classes of the same originals differ in how many they have")
         object.__setattr__(self, "sample_shape", tuple(self.samples.shape[1:]))
@@ -293,7 +299,7 @@ class ClassSource(Source):
         tasks = len(drawn)
 
         def inputs(part: Tensor) -> Tensor:
-            values = self.samples[part.flatten()].to(torch.float32).div_(255)
+            values = floats(self.samples[part.flatten()])
             return values.view(tasks, -1, *self.sample_shape)
 
         def each(values: Tensor, part: Tensor) -> Tensor:
@@ -308,6 +314,13 @@ class ClassSource(Source):
 
     def to(self, device: torch.device | str) -> ClassSource:
         return replace(self, samples=self.samples.to(device))
+
+
+def floats(samples: Tensor) -> Tensor:
+    """Of bytes 0 to 255 the numbers from 0 to 1, in float32, the same on every device: by a number
+    a GPU divides through its reciprocal, which differs in the last bit."""
+    whole = torch.full((), 255.0, device=samples.device)
+    return samples.to(torch.float32).div_(whole)
 
 
 def digest_of(*tensors: Tensor) -> str:
@@ -345,8 +358,10 @@ class EpisodeLoader:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise DatasetError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise DatasetError(
+                f"batch_size is {self.batch_size}; it must be an integer of at least 1"
+            )
         self.source.check(self.spec)
 
     def __getitem__(self, index: int) -> Batch:

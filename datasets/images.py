@@ -64,9 +64,13 @@ def photographs(name: str, classes: Mapping[str, Sequence[Path]], size: int) -> 
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """What tells one state of these files from another: their names, sizes and times of change."""
-    states = ((path, path.stat()) for path in paths)
-    return "\n".join(f"{path}\t{state.st_size}\t{state.st_mtime_ns}" for path, state in states)
+    """What tells one state of these files from another: their places, sizes and times of change,
+    also of the change that puts the time of a modification back."""
+    states = ((path.resolve(), path.stat()) for path in paths)
+    return "\n".join(
+        f"{path}\t{state.st_size}\t{state.st_mtime_ns}\t{state.st_ctime_ns}"
+        for path, state in states
+    )
 
 
 @contextmanager

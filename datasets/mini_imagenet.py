@@ -131,11 +131,14 @@ def _rows(at: Any, count: int, wnid: str, path: Path) -> npt.NDArray[np.integer[
 
 
 def found(images: Path) -> dict[str, list[Path]]:
-    """The pictures in a folder, or one folder further down, by the class their names begin with."""
+    """The pictures in a folder, or one folder further down, by the class their names begin with;
+    one that is in both is one picture."""
+    there = sorted([*images.glob("n*/n*.*"), *images.glob("n*.*")])
+    by_name = {path.name: path for path in there if path.suffix.lower() in SUFFIXES}
     classes: dict[str, list[Path]] = {}
-    for path in sorted([*images.glob("n*.*"), *images.glob("n*/n*.*")]):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            classes.setdefault(path.name[:WNID], []).append(path)
+    for name in sorted(by_name):
+        if by_name[name].is_file():
+            classes.setdefault(name[:WNID], []).append(by_name[name])
     return classes
 
 

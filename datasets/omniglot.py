@@ -285,3 +285,10 @@ def rotated(pictures: dict[str, Tensor]) -> ClassSource:
     classes = [f"{name}/rot{90 * turns:03}" for turns in range(4) for name in pictures]
     originals = [*range(len(pictures))] * 4
     return ClassSource(samples[:, None], counts, classes, originals)
+
+
+def upright(source: ClassSource) -> ClassSource:
+    """The classes of a :func:`rotated` source that are not turned."""
+    count = len(source.counts) // 4
+    counts = source.counts[:count]
+    return ClassSource(source.samples[: sum(counts)], counts, source.classes[:count])

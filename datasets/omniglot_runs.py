@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from datasets.episodes import Batch, DatasetError, EpisodeSpec, Source, digest_of
+from datasets.episodes import Batch, DatasetError, EpisodeSpec, Source, digest_of, floats
 
 RUNS = 20
 WAYS = 20
@@ -56,10 +56,10 @@ class Runs(Source):
         classes = torch.arange(self.support.shape[1], device=self.labels.device)
 
         def inputs(images: Tensor) -> Tensor:
-            return images[chosen].to(torch.float32).div_(255)
+            return floats(images[chosen])
 
         return {
-            "train": (inputs(self.support), classes.expand(len(chosen), -1)),
+            "train": (inputs(self.support), classes.repeat(len(chosen), 1)),
             "test": (inputs(self.query), self.labels[chosen]),
         }
 

@@ -90,5 +90,12 @@ def test_missing_packages_broken_built_in_data_and_a_read_only_folder_are_faults
     levels = [found.level for found in doctor.data(tmp_path)]
     assert levels == ["ok", "fault", "warning"]
 
+    def unreadable(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Broken, "load", unreadable)
+    levels = [found.level for found in doctor.data(tmp_path)]
+    assert levels == ["ok", "fault", "warning"]
+
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert [found.level for found in doctor.disks()] == ["fault", "warning"]

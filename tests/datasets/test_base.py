@@ -25,7 +25,8 @@ class Waves(Dataset):
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """What a test registers is forgotten after it; what the package's own files do is not."""
+    datasets.names()
     monkeypatch.setattr(base, "_registry", dict(base._registry))
 
 
@@ -83,17 +84,40 @@ def test_a_class_may_be_registered_again_as_when_its_file_is_read_twice() -> Non
     assert datasets.register("toy")(datasets.register("toy")(Toy)) is Toy
 
 
-def test_an_installed_package_adds_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "somebodys_waves.py").write_text(PLUGIN)
-    info = tmp_path / "somebodys_waves-1.0.dist-info"
+def install(folder: Path) -> None:
+    """What pip leaves of a package that says it has a dataset."""
+    info = folder / "somebodys_waves-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-waves\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[bench.datasets]\nwaves = somebodys_waves:Waves\n")
+
+
+def test_an_installed_package_adds_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebodys_waves.py").write_text(PLUGIN)
+    install(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert datasets.get("waves").summary == "somebody else's waves"
     assert datasets.get("waves").__module__ == "somebodys_waves"
     assert datasets.loader("waves", shots=2)[0]["train"][0].shape == (1, 2, 1)
-    monkeypatch.delitem(sys.modules, "somebodys_waves")
+    del sys.modules["somebodys_waves"]
+
+
+def test_a_broken_package_is_named_and_takes_nothing_else_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert datasets.get("sinusoid") is Sinusoid
+    said = "somebodys_waves:Waves, offered as dataset 'waves', cannot be loaded: No module"
+    with pytest.warns(UserWarning, match=said):
+        assert "sinusoid" in datasets.names()
+    with pytest.warns(UserWarning, match=said), pytest.raises(DatasetError, match="'waves'"):
+        datasets.get("waves")
+
+
+def test_a_home_folder_is_meant_by_its_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_DATA", "~/data")
+    assert Toy().root == Toy("~/data").root == Path.home() / "data"
 
 
 def test_data_is_looked_for_in_the_root_then_the_environment_then_the_users_cache(

@@ -24,14 +24,14 @@ def pictures(copies: int) -> Content:
     return {"data": data.reshape(-1, 3072), "fine_labels": labels.tolist()}
 
 
-def write(root: Path, **changes: Any) -> Path:
+def write(root: Path, folder: str = "cifar-100-python", **changes: Any) -> Path:
     content = {"meta": {"fine_label_names": FINE}, "train": pictures(3), "test": pictures(1)}
     path = root / "cifar100" / "cifar-100-python.tar.gz"
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w:gz") as archive:
         for name, value in (content | changes).items():
             data = pickle.dumps(value, 2)
-            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member = tarfile.TarInfo(f"{folder}/{name}")
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     return path
@@ -86,6 +86,11 @@ def test_rows_and_columns_are_in_their_places(tmp_path: Path) -> None:
     assert sample[2, 5, 9] == (2 * 1024 + 5 * 32 + 9) % 251
 
 
+def test_an_archive_packed_again_from_within_a_folder_is_read(tmp_path: Path) -> None:
+    write(tmp_path, folder="./cifar-100-python")
+    assert len(CIFARFS(tmp_path).load("val").classes) == 16
+
+
 def test_the_archive_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path)
     first = CIFARFS(tmp_path).load("test")
@@ -134,7 +139,10 @@ def test_an_archive_without_a_part_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_archive_says_how_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"--download fetches it from https://www.cs.toronto"):
+    with pytest.raises(
+        DatasetError,
+        match=r"--download \(in Python download=True\) fetches it from https://www.cs.toronto",
+    ):
         CIFARFS(tmp_path).load("train")
 
 

@@ -20,7 +20,7 @@ from datasets import (
     EpisodeSpec,
     collate,
 )
-from datasets.episodes import first_ranks, uniform
+from datasets.episodes import first_ranks, floats, uniform
 
 COUNTS = (7, 4, 12, 5, 9, 6)
 
@@ -434,3 +434,25 @@ def test_disjoint_episodes_share_no_original_of_classes_made_from_the_same() -> 
 def test_classes_of_the_same_originals_have_as_many() -> None:
     with pytest.raises(DatasetError, match="differ in how many"):
         ClassSource(torch.zeros(5, 1, dtype=torch.uint8), [2, 3], ["a", "b"], [0, 0])
+
+
+def test_bytes_become_the_nearest_numbers_from_0_to_1() -> None:
+    """Divided, not multiplied by a reciprocal: that would be off by a bit in 126 of them."""
+    exact = torch.arange(256, dtype=torch.float64) / 255
+    assert torch.equal(floats(torch.arange(256, dtype=torch.uint8)), exact.float())
+
+
+def test_samples_that_are_no_bytes_are_refused() -> None:
+    with pytest.raises(DatasetError, match=r"torch.float32; they must be torch.uint8"):
+        ClassSource(torch.rand(4, 2), [2, 2], ["a", "b"])
+
+
+def test_numpys_integers_are_integers() -> None:
+    assert spec(shots=np.int64(1), seed=np.uint32(3)) == spec(shots=1, seed=3)
+    assert spec(shots=np.int64(1)).address == spec(shots=1).address
+
+
+@pytest.mark.parametrize("size", [0, 1.5, "4"])
+def test_a_batch_size_that_is_none_is_refused(size: Any) -> None:
+    with pytest.raises(DatasetError, match="batch_size"):
+        loader(batch_size=size)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections import OrderedDict
@@ -15,17 +16,44 @@ from torch import Tensor
 
 from datasets import DatasetError
 from datasets.helpers import (
+    CIFARFS,
+    FC100,
     BatchMetaDataLoader,
     Categorical,
     ClassSplitter,
     MetaDataset,
+    MiniImagenet,
+    Omniglot,
     Rotation,
+    Sinusoid,
     cifar_fs,
     fc100,
     miniimagenet,
     omniglot,
     sinusoid,
 )
+
+
+class ToTensor:
+    """As torchvision's: told by its name."""
+
+
+class ToTensor1D:
+    """As pytorch-maml's."""
+
+
+class Resize:
+    """As torchvision's."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class Compose:
+    """As torchvision's."""
+
+    def __init__(self, transforms: list[Any]) -> None:
+        self.transforms = transforms
 
 
 def tiny_omniglot(root: Path, **changes: Any) -> MetaDataset:
@@ -130,8 +158,8 @@ def test_no_split_or_more_than_one_or_one_that_is_not_is_refused(
         {"transform": torch.nn.Identity()},
         {"dataset_transform": torch.nn.Identity()},
         {"target_transform": Categorical(7)},
-        {"class_augmentations": None},
         {"class_augmentations": [Rotation([45])]},
+        {"transform": Compose([Resize(84), ToTensor()])},
     ],
 )
 def test_what_cannot_be_honoured_is_refused(omniglot_root: Path, option: dict[str, Any]) -> None:
@@ -189,6 +217,117 @@ def test_a_splitter_takes_its_names_from_a_mapping(omniglot_root: Path) -> None:
     samples = {"few": 1, "rest": 2}
     dataset = ClassSplitter(tiny_omniglot(omniglot_root), num_samples_per_class=samples)
     assert list(first(dataset)) == ["few", "rest"]
+
+
+def test_datasets_are_built_as_in_pytorch_maml(omniglot_root: Path) -> None:
+    splitter = ClassSplitter(shuffle=True, num_train_per_class=1, num_test_per_class=5)
+    train = Omniglot(
+        str(omniglot_root),
+        transform=Compose([Resize(28), ToTensor()]),
+        target_transform=Categorical(3),
+        num_classes_per_task=3,
+        meta_train=True,
+        use_vinyals_split=False,
+        class_augmentations=[Rotation([90, 180, -90])],
+        dataset_transform=splitter,
+        download=False,
+        seed=0,
+    )
+    helped = tiny_omniglot(omniglot_root, shots=1, test_shots=5)
+    for half in ("train", "test"):
+        assert torch.equal(first(train)[half][0], first(helped)[half][0])
+    assert train.num_classes_per_task == 3
+
+
+def test_a_dataset_is_split_afterwards_as_in_torchmetas_readme(omniglot_root: Path) -> None:
+    dataset = Omniglot(
+        str(omniglot_root),
+        num_classes_per_task=3,
+        target_transform=Categorical(num_classes=3),
+        meta_train=True,
+        use_vinyals_split=False,
+    )
+    with pytest.raises(DatasetError, match="wrap the dataset in ClassSplitter"):
+        BatchMetaDataLoader(dataset)
+    dataset = ClassSplitter(dataset, shuffle=True, num_train_per_class=2, num_test_per_class=3)
+    assert first(dataset, batch_size=4)["test"][0].shape == (4, 9, 1, 28, 28)
+
+
+def test_without_augmentation_no_class_is_a_rotation(omniglot_root: Path) -> None:
+    turned = tiny_omniglot(omniglot_root).source
+    plain = tiny_omniglot(omniglot_root, class_augmentations=None).source
+    assert plain.class_count() * 4 == turned.class_count()  # type: ignore[operator]
+    assert all(name.endswith("/rot000") for name in plain.classes)  # type: ignore[attr-defined]
+
+
+def test_sinusoids_are_built_as_in_pytorch_maml() -> None:
+    def built(points: int) -> MetaDataset:
+        return Sinusoid(
+            points,
+            num_tasks=1000000,
+            transform=ToTensor1D(),
+            target_transform=ToTensor1D(),
+            dataset_transform=ClassSplitter(num_train_per_class=10, num_test_per_class=15),
+            seed=0,
+        )
+
+    helped = first(sinusoid(shots=10, test_shots=15, seed=0))
+    assert torch.equal(first(built(25))["test"][1], helped["test"][1])
+    with pytest.raises(DatasetError, match="24 points, not the 25"):
+        built(24)
+
+
+def test_another_seed_may_be_chosen_later(omniglot_root: Path) -> None:
+    dataset = tiny_omniglot(omniglot_root)
+    loader = BatchMetaDataLoader(dataset)
+    dataset.seed(1)
+    chosen = first(tiny_omniglot(omniglot_root, seed=1))["train"][0]
+    assert torch.equal(next(iter(loader))["train"][0], chosen)
+
+
+def test_a_loop_ends_after_as_many_tasks_as_there_are_and_the_next_one_goes_on(
+    omniglot_root: Path,
+) -> None:
+    dataset = tiny_omniglot(omniglot_root, ways=2, class_augmentations=None)
+    tasks = len(dataset)
+    classes = dataset.source.class_count()
+    assert classes is not None
+    assert tasks == classes * (classes - 1) // 2
+    loader = BatchMetaDataLoader(dataset, batch_size=2)
+    assert len(loader) == -(-tasks // 2)
+    assert len(BatchMetaDataLoader(dataset, batch_size=2, drop_last=True)) == tasks // 2
+    passes = [[batch["train"][0] for batch in loader] for _ in range(2)]
+    assert [len(each) for each in passes] == [len(loader)] * 2
+    straight = dataset.episodes
+    again = torch.cat([straight[index]["train"][0] for index in range(4 * len(loader))])
+    assert torch.equal(torch.cat([*passes[0], *passes[1]]), again)
+    assert len(BatchMetaDataLoader(sinusoid(shots=1), batch_size=16)) == 62500
+
+
+def test_an_interruption_loses_no_batch_and_ends_no_loader(
+    omniglot_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = BatchMetaDataLoader(tiny_omniglot(omniglot_root))
+    undisturbed = [batch["train"][0] for batch in islice(loader, 3)]
+    loader = BatchMetaDataLoader(tiny_omniglot(omniglot_root))
+    assert torch.equal(next(iter(loader))["train"][0], undisturbed[0])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("datasets.episodes.ClassSource.batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(loader))
+    rest = [batch["train"][0] for batch in islice(copy.deepcopy(loader), 2)]
+    assert torch.equal(torch.cat(rest), torch.cat(undisturbed[1:]))
+
+
+@pytest.mark.parametrize("dataset", [MiniImagenet, CIFARFS, FC100])
+def test_datasets_look_for_their_data_in_the_folder(dataset: Any, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        dataset(str(tmp_path), num_classes_per_task=5, meta_train=True)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_splitter_refuses_what_it_cannot_do(omniglot_root: Path) -> None:

@@ -190,3 +190,20 @@ def test_a_name_that_is_no_text_is_one_as_well(folder: Path) -> None:
 def test_a_pipe_is_no_picture(folder: Path) -> None:
     os.mkfifo(folder / "train" / "red" / "pipe.png")
     assert list(load(folder).counts) == [2, 3]
+
+
+def test_folders_of_one_name_in_two_places_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where their files' sizes and times are the same, as archives unpack them."""
+    for place, colour in (("one", (255, 0, 0)), ("other", (0, 0, 255))):
+        for name in ("a", "b"):
+            path = tmp_path / place / "data" / "image_folder" / "train" / name / "0.bmp"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (8, 8), colour).save(path)
+            os.utime(path, (0, 0))
+    found = []
+    for place in ("one", "other"):
+        monkeypatch.chdir(tmp_path / place)
+        found.append(ImageFolder("data").load("train").samples[0, :, 0, 0].tolist())
+    assert found == [[255, 0, 0], [0, 0, 255]]

@@ -107,6 +107,12 @@ def test_a_changed_picture_is_decoded_again(folder: Path) -> None:
     assert (after.samples[1:] == before.samples[1:]).all()
 
 
+def test_a_picture_that_is_there_twice_is_one(folder: Path) -> None:
+    write_images(folder, nested=False)
+    write_images(folder, nested=True)
+    assert_shades(MiniImageNet(folder.parent).load("val"), copies=2, tolerance=3)
+
+
 def test_an_episode_can_be_drawn(folder: Path) -> None:
     write_images(folder)
     batch = datasets.loader(

@@ -110,7 +110,10 @@ def test_a_broken_archive_is_named_in_one_line(
 
 
 def test_a_missing_archive_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"all_runs.zip is missing; --download fetches it"):
+    with pytest.raises(
+        DatasetError,
+        match=r"all_runs.zip is missing; --download \(in Python download=True\) fetches it",
+    ):
         OmniglotLake(tmp_path).load("runs")
 
 
