@@ -52,8 +52,8 @@ class MiniImageNet(Dataset):
 
     - ``mini-imagenet-cache-{train,val,test}.pkl``: ``image_data`` uint8 ``(N, 84, 84, 3)`` and
       ``class_dict``, the rows of each class; or
-    - ``images/``, pictures of any size whose names begin with their class, in one folder or in one
-      a class, with or without Ravi & Larochelle's ``{train,val,test}.csv`` (``filename,label``)
+    - ``images/``, pictures of any size whose names begin with their class, in one folder, in one a
+      class, or in one a split and a class, with or without Ravi & Larochelle's ``{train,val,test}.csv`` (``filename,label``)
       beside it, which say which of them are in use.
     """
 
@@ -131,9 +131,9 @@ def _rows(at: Any, count: int, wnid: str, path: Path) -> npt.NDArray[np.integer[
 
 
 def found(images: Path) -> dict[str, list[Path]]:
-    """The pictures in a folder, or one folder further down, by the class their names begin with;
-    one that is in both is one picture."""
-    there = sorted([*images.glob("n*/n*.*"), *images.glob("n*.*")])
+    """The pictures in a folder, one folder further down, or two (a split's and a class's), by the
+    class their names begin with; one that is there several times is one picture."""
+    there = [*images.glob("*/n*/n*.*"), *images.glob("n*/n*.*"), *images.glob("n*.*")]
     by_name = {path.name: path for path in there if path.suffix.lower() in SUFFIXES}
     classes: dict[str, list[Path]] = {}
     for name in sorted(by_name):

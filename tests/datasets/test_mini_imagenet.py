@@ -107,6 +107,14 @@ def test_a_changed_picture_is_decoded_again(folder: Path) -> None:
     assert (after.samples[1:] == before.samples[1:]).all()
 
 
+def test_pictures_in_a_folder_a_split_are_read(folder: Path) -> None:
+    write_images(folder, nested=True)
+    (folder / "images").rename(folder / "val")
+    (folder / "images").mkdir()
+    (folder / "val").rename(folder / "images" / "val")
+    assert_shades(MiniImageNet(folder.parent).load("val"), copies=2, tolerance=3)
+
+
 def test_a_picture_that_is_there_twice_is_one(folder: Path) -> None:
     write_images(folder, nested=False)
     write_images(folder, nested=True)
