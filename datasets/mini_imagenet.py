@@ -53,8 +53,8 @@ class MiniImageNet(Dataset):
     - ``mini-imagenet-cache-{train,val,test}.pkl``: ``image_data`` uint8 ``(N, 84, 84, 3)`` and
       ``class_dict``, the rows of each class; or
     - ``images/``, pictures of any size whose names begin with their class, in one folder, in one a
-      class, or in one a split and a class, with or without Ravi & Larochelle's ``{train,val,test}.csv`` (``filename,label``)
-      beside it, which say which of them are in use.
+      class, or in one a split and a class, with or without Ravi & Larochelle's
+      ``{train,val,test}.csv`` (``filename,label``) beside it, which say which are in use.
     """
 
     summary = "100 classes of ImageNet, 84x84, Ravi & Larochelle's split, 64/16/20 classes"
