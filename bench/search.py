@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import filelock
 import pandas as pd
 import tomli_w
 
-from bench.errors import BenchError, CellError
+from bench.errors import BenchError
+from bench.failures import failure_of
 from bench.files import write_table, write_text
 from bench.making import Sources, check_gradient, data_hash
 from bench.runner import check_device, tried_out
@@ -63,17 +62,18 @@ class Trial:
 
     Attributes:
         state: ``pruned`` trials were worse than the median at a validation, ``diverged`` ones came
-            to no finite loss.
+            to no finite loss, ``failed`` ones raised what ``reason`` says.
         value: the best validation score; None where there was none.
         validations: the score at each validation, by iteration.
-        iterations, samples, gradients, val_episodes, seconds: what the trial cost.
+        iterations, samples, gradients, val_episodes: what the trial cost.
+        seconds: of its meta-steps.
     """
 
     algorithm: str
     trial: int
     source: str
     parameters: dict[str, Any]
-    state: Literal["complete", "pruned", "diverged"] = "complete"
+    state: Literal["complete", "pruned", "diverged", "failed"] = "complete"
     value: float | None = None
     iterations: int = 0
     samples: int = 0
@@ -81,13 +81,15 @@ class Trial:
     val_episodes: int = 0
     seconds: float = 0.0
     validations: dict[int, float] = field(default_factory=dict)
+    reason: str = ""
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} {said(value)}" for name, value in self.parameters.items())
         score = "" if self.value is None else f" {self.value:.4f}"
+        why = f": {self.reason}" if self.state == "failed" else ""
         return (
             f"{self.algorithm} trial {self.trial}: {self.state}{score} after {self.iterations} "
-            f"iterations ({chosen})"
+            f"iterations ({chosen}){why}"
         )
 
 
@@ -266,9 +268,11 @@ def run(
                 known = _read(record)
                 if known is not None and known.source != source:
                     raise BenchError(f"{folder} holds trials made by different source code")
-                trial = known or study.new(number, source, interrupted)
+                state = record.with_suffix(".state")
+                trial = known or study.new(number, source, state, interrupted)
                 if known is None:
                     write_text(record, to_json(asdict(trial)))
+                state.unlink(missing_ok=True)
                 study.trials.append(trial)
                 done(trial)
                 found.append(trial)
@@ -318,14 +322,15 @@ class _Study:
             )
         return study.ask(space)
 
-    def new(self, number: int, source: str, interrupted: Callable[[], bool]) -> Trial:
-        """Run a trial of what Optuna proposes."""
+    def new(self, number: int, source: str, state: Path, interrupted: Callable[[], bool]) -> Trial:
+        """Run a trial of what Optuna proposes, from its checkpoint ``state`` if there is one."""
         proposed = self.proposal(number)
         trial = Trial(self.algorithm, number, source, dict(proposed.params))
         cell = self.search.cell(self.algorithm, trial.parameters)
 
         def report(progress: Progress) -> None:
             trial.iterations = progress.iteration
+            trial.seconds += progress.seconds
             if progress.validation is None:
                 return
             trial.validations[progress.iteration] = progress.validation
@@ -334,17 +339,21 @@ class _Study:
             if progress.iteration < cell.iterations and proposed.should_prune():
                 raise optuna.TrialPruned
 
-        began = time.monotonic()
-        with TemporaryDirectory() as aside:
-            try:
-                state = Path(aside) / "state"
-                train(cell, self.train, self.val, state, report=report, interrupted=interrupted)
-            except optuna.TrialPruned:
-                trial.state = "pruned"
-            except CellError:
-                trial.state, trial.iterations = "diverged", trial.iterations + 1
-                trial.validations = {}  # that it went well at first is nothing to learn from
-        trial.seconds = time.monotonic() - began
+        try:
+            train(
+                *(cell, self.train, self.val, state),
+                source=source,
+                report=report,
+                interrupted=interrupted,
+            )
+        except optuna.TrialPruned:
+            trial.state = "pruned"
+        except (Exception, SystemExit) as error:
+            failure = failure_of(error)
+            trial.state, trial.reason = "failed", failure.line
+            if failure.diverged_at is not None:
+                trial.state, trial.iterations = "diverged", failure.diverged_at
+            trial.validations = {}  # that it went well at first is nothing to learn from
         trial.samples = trial.iterations * cell.samples_per_step
         trial.gradients = trial.iterations * cell.gradients_per_step
         best = max if self.search.higher else min

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -25,11 +25,13 @@ from datasets import EpisodeLoader, Source
 
 @dataclass
 class Progress:
-    """What a training tells whoever watches, after each iteration."""
+    """What a training tells whoever watches, after each iteration; ``seconds`` are those of the
+    meta-steps since it last told."""
 
     iteration: int
     loss: float
     metric: float
+    seconds: float
     validation: float | None = None
 
 
@@ -94,7 +96,8 @@ def train(
         checkpoint: written now and then, and when interrupted; a process that follows has none.
         source: a hash of the code; a checkpoint made by other code is not gone on from.
         data: hashes of the data by name, of which the same holds.
-        report: is told of each iteration.
+        report: is told of each iteration; of those before the checkpoint, only of validations and
+            of the last.
         interrupted: asked after each iteration; True ends in ``KeyboardInterrupt``.
         team: the processes that train together, each of which calls this; the leader's checkpoint
             and its answer to ``interrupted`` hold for all.
@@ -118,6 +121,8 @@ def train(
     batches = EpisodeLoader(train_source, spec, cell.meta_batch)
     every = validation_interval(cell)
     saved = time.monotonic()
+    for progress in run.past():
+        report(progress)
     for iteration in range(len(run.log.loss), cell.iterations):
         progress = run.step(batches, iteration)
         if val_source is not None and (
@@ -194,7 +199,17 @@ class _Training:
         self.log.seconds.append(time.perf_counter() - began)
         if not abs(loss) < float("inf"):
             raise DivergedError(f"the loss is {loss}", iteration + 1)
-        return Progress(iteration + 1, loss, metric)
+        return Progress(iteration + 1, loss, metric, self.log.seconds[-1])
+
+    def past(self) -> Iterator[Progress]:
+        """What is to be told of the iterations that are in the log."""
+        log, told = self.log, 0
+        validated = dict(zip(log.val_iteration, log.val_metric, strict=True))
+        for count in sorted({*validated, len(log.loss)} - {0}):
+            own = slice(told, count)
+            told = count
+            loss, metric = log.loss[count - 1], log.metric[count - 1]
+            yield Progress(count, loss, metric, sum(log.seconds[own]), validated.get(count))
 
     def validate(self, source: Source, iteration: int) -> float:
         """Score on validation episodes, and keep the parameters if they are the best so far."""

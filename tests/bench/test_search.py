@@ -1,5 +1,7 @@
 """A search proposes, prunes and resumes by validation alone."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -90,6 +92,50 @@ def test_what_diverges_is_noted_and_leaves_no_best(bench, tmp_path: Path) -> Non
     assert status == 1
     assert "diverging trial 1: diverged after 1 iterations" in out
     assert not list((tmp_path / "s").glob("best*"))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reason"),
+    [("raising", "KeyError: 'no such key'"), ("greedy", "RuntimeError: "), ("leaving", "SystemEx")],
+)
+def test_a_trial_that_goes_wrong_is_noted_with_its_reason_and_the_others_go_on(
+    bench, tmp_path: Path, algorithm: str, reason: str
+) -> None:
+    arguments = ("--space", "inner_lr=0.1:1", "--trials", "2", "--out", "s")
+    status, out, err = bench("search", *FIXED, "--algos", f"{algorithm},maml", *arguments)
+    assert (status, err) == (1, "")
+    table = pd.read_parquet(tmp_path / "s" / "trials.parquet")
+    assert list(table["state"]) == ["failed", "failed", "complete", "complete"]
+    assert all(text.startswith(reason) for text in table["reason"][:2])
+    assert f"{algorithm} trial 1: failed after" in out
+    assert [path.name for path in (tmp_path / "s").glob("best*")] == ["best-maml.toml"]
+
+
+def test_a_trial_that_is_interrupted_goes_on_from_its_checkpoint(
+    bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("search", *FIXED, "--space", SPACE, "--trials", "2")
+    assert bench(*arguments, "--out", "whole")[0] == 0
+    steps = 0
+
+    @contextmanager
+    def after_13_steps() -> Iterator[Callable[[], bool]]:
+        def interrupted() -> bool:
+            nonlocal steps
+            steps += 1
+            return steps == 13
+
+        yield interrupted
+
+    monkeypatch.setattr("bench.search.interruptible", after_13_steps)
+    assert bench(*arguments, "--out", "cut")[0] == 130
+    assert [path.name for path in (tmp_path / "cut/trials").glob("*.state")] == ["maml-0001.state"]
+    assert bench(*arguments, "--out", "cut")[0] == 0
+    assert steps == 16  # of two trials of eight: none was taken twice
+    assert not list((tmp_path / "cut/trials").glob("*.state"))
+    whole, cut = (pd.read_parquet(tmp_path / name / "trials.parquet") for name in ("whole", "cut"))
+    pd.testing.assert_frame_equal(cut.drop(columns="seconds"), whole.drop(columns="seconds"))
+    assert (cut["seconds"] > 0).all()
 
 
 @pytest.mark.parametrize(
