@@ -358,7 +358,7 @@ class EpisodeLoader:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+        if not isinstance(self.batch_size, int | np.integer) or self.batch_size < 1:
             raise DatasetError(
                 f"batch_size is {self.batch_size}; it must be an integer of at least 1"
             )

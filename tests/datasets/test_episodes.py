@@ -450,6 +450,7 @@ def test_samples_that_are_no_bytes_are_refused() -> None:
 def test_numpys_integers_are_integers() -> None:
     assert spec(shots=np.int64(1), seed=np.uint32(3)) == spec(shots=1, seed=3)
     assert spec(shots=np.int64(1)).address == spec(shots=1).address
+    assert len(loader(batch_size=np.int64(2))[0]["train"][0]) == 2
 
 
 @pytest.mark.parametrize("size", [0, 1.5, "4"])
