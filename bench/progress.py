@@ -209,7 +209,7 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
     shared = [
         f"{name.replace('_', ' ')} {told[name].iloc[0]}"
         for name in (*SHARED, *swept)
-        if told[name].nunique(dropna=False) == 1 and told[name].notna().all()
+        if name in told and told[name].nunique(dropna=False) == 1 and told[name].notna().all()
     ]
     notes = ["times: median of the repeats (interquartile range)"]
     notes += [f"all: {', '.join(shared)}"] if shared else []
