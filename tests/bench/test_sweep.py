@@ -213,3 +213,12 @@ def test_a_regression_has_no_ways_to_sweep() -> None:
         ("glyphs", 20),
         ("sinusoid", 5),
     ]
+
+
+def test_all_algorithms_and_seeds_meet_the_same_test_and_validation_episodes() -> None:
+    found = cells(algos="maml,reptile", seeds="0,1,2")
+    assert len({cell.test_spec.address for cell in found}) == 1
+    assert len({cell.val_spec.address for cell in found}) == 1
+    (other,) = cells(algos="maml", set=["eval_seed=1"])
+    assert other.test_spec.address != found[0].test_spec.address
+    assert other.val_spec.address != found[0].val_spec.address

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 import datasets
+from algorithms import Algorithm
+from algorithms.base import Batch, Scores
 from bench.checkpoints import read_tensors
 from bench.errors import CellError, DivergedError
 from bench.sweep import Cell
-from bench.training import build, meta_lr, train
+from bench.training import Progress, build, meta_lr, train
 
 
 @pytest.fixture
@@ -198,3 +201,114 @@ def test_what_an_algorithm_draws_beside_its_model_is_a_function_of_the_seed(
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+class Watched:
+    """What an algorithm is told and draws in each meta-step; its meta-gradient is ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.progress: list[float] = []
+        self.noise: list[float] = []
+        self.task_seeds: list[int] = []
+        self.inputs: list[torch.Tensor] = []
+        watched = self
+
+        def meta_backward(self: Algorithm, batch: Batch) -> Scores:
+            watched.progress.append(self.progress)
+            watched.noise.append(float(torch.rand(())))
+            watched.task_seeds += self.task_seeds or []
+            watched.inputs.append(batch["train"][0])
+            for parameter in self.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            return Scores(torch.zeros(2), torch.zeros(2))
+
+        monkeypatch.setattr(Algorithm, "meta_backward", meta_backward)
+
+
+def test_the_outer_step_follows_its_schedule_and_its_bound(
+    cell: Cell, splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Watched(monkeypatch)
+    outer = {"meta_optimizer": "sgd", "meta_lr": 0.1, "meta_schedule": "linear", "meta_clip": 0.5}
+    cell = cell.model_copy(update=outer)
+    before = weights(build(cell, splits[0]))
+    algorithm, _ = train(cell, splits[0], None, None)
+    # 0.5 a step, times 0.1, falling to nothing: 1, 29/30, ..., 1/30 of it.
+    assert torch.allclose(before - weights(algorithm), torch.tensor(0.5 * 0.1 * 31 / 2), atol=1e-4)
+
+
+def test_an_algorithm_is_told_the_share_that_is_done(
+    cell: Cell, splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    train(cell, splits[0], None, None)
+    assert watched.progress == [iteration / 30 for iteration in range(30)]
+
+
+def test_each_meta_step_has_noise_and_each_task_mini_batches_of_its_own(
+    cell: Cell, splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = cell.hyperparameters | {"inner_batch": 1}
+    runs = []
+    for seed in (0, 0, 1):
+        with monkeypatch.context() as patched:
+            watched = Watched(patched)
+            train(cell.model_copy(update={"hyperparameters": own, "seed": seed}), *splits, None)
+            runs.append(watched)
+    first, again, other = runs
+    assert len(set(first.noise)) == 30
+    assert len(set(first.task_seeds)) == 30 * 2
+    assert (first.noise, first.task_seeds) == (again.noise, again.task_seeds)
+    assert not set(first.noise) & set(other.noise)
+    assert not set(first.task_seeds) & set(other.task_seeds)
+
+
+def test_training_episodes_are_those_of_the_seed(
+    cell: Cell, splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met = []
+    for update in ({}, {"algorithm": "fomaml"}, {"seed": 1}):
+        with monkeypatch.context() as patched:
+            watched = Watched(patched)
+            train(cell.model_copy(update=update), splits[0], None, None)
+            met.append(torch.stack(watched.inputs))
+    assert torch.equal(met[0], met[1])
+    assert not torch.equal(met[0], met[2])
+
+
+@pytest.mark.parametrize(("dataset", "best"), [("tiny", 1), ("sinusoid", 2)])
+def test_the_highest_accuracy_is_kept_and_the_lowest_error(
+    cell: Cell, dataset: str, best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Watched(monkeypatch)
+    values = iter([0.5, 0.9, 0.1, 0.3, 0.4, 0.5])
+    monkeypatch.setattr(
+        "bench.training.evaluate",
+        lambda *_, **__: pd.DataFrame(
+            {"episode": [0], "step": [2], "loss": [1.0], "metric": [next(values)]}
+        ),
+    )
+    outer = {"meta_optimizer": "sgd", "meta_lr": 0.01, "dataset": dataset}
+    if dataset == "sinusoid":
+        outer |= {"model": "mlp"}
+    cell = cell.model_copy(update=outer)
+    splits = [datasets.get(dataset)().load(split) for split in ("train", "val")]
+    before = weights(build(cell, splits[0]))
+    algorithm, log = train(cell, *splits, None)
+    assert len(log.val_metric) == 6
+    # Every iteration takes 0.01 from each parameter, and every fifth is validated.
+    taken = torch.tensor(0.01 * 5 * (best + 1))
+    assert torch.allclose(before - weights(algorithm), taken, atol=1e-4)
+
+
+def test_what_was_done_before_an_interruption_is_told_again(
+    cell: Cell, splits, tmp_path: Path
+) -> None:
+    told: list[Progress] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(cell, *splits, tmp_path / "s", interrupted=interrupted_after(12))
+    _, log = train(cell, *splits, tmp_path / "s", report=told.append)
+    assert [each.iteration for each in told] == [5, 10, 12, *range(13, 31)]
+    validated = [(each.iteration, each.validation) for each in told if each.validation is not None]
+    assert validated == list(zip(log.val_iteration, log.val_metric, strict=True))
+    assert sum(each.seconds for each in told) == pytest.approx(sum(log.seconds))
