@@ -1,5 +1,6 @@
 """The comparison pairs what may be paired, knows known answers, and says them in sentences."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -407,3 +408,58 @@ def test_small_differences_are_not_rounded_away(tmp_path: Path) -> None:
     put(tmp_path, cell_of("anil"), base)
     said = compare([tmp_path]).rows[0].sentence()
     assert "maml over anil on glyphs 5-way 1-shot: +0.04 points [0.03" in said
+
+
+def test_with_several_pairs_more_is_needed_to_tell_them_apart(tmp_path: Path) -> None:
+    """What can be resolved allows for Holm: the least of three p values is taken three times."""
+    base, noise = scores_of(0.6), 0.1 * NOISE.standard_normal(100)
+    put(tmp_path / "two", cell_of("maml"), base + noise)
+    put(tmp_path / "two", cell_of("anil"), base)
+    (alone,) = compare([tmp_path / "two"]).rows
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    put(tmp_path / "three", cell_of("boil"), base + 0.1 * NOISE.standard_normal(100))
+    (among,) = (
+        row
+        for row in compare([tmp_path / "three"]).rows
+        if {row.algorithm_a, row.algorithm_b} == {"maml", "anil"}
+    )
+    error = (noise).std(ddof=1) / 10
+    found = stats.nct.sf(stats.t.ppf(1 - 0.05 / 6, 99), 99, among.resolvable / error)
+    assert found == pytest.approx(0.8, abs=1e-4)
+    assert among.resolvable > alone.resolvable
+
+
+def test_a_p_below_5_percent_alone_makes_nobody_better_among_several(tmp_path: Path) -> None:
+    base = scores_of(0.6)
+    noise = NOISE.standard_normal(100)
+    noise = (noise - noise.mean()) / noise.std(ddof=1)
+    put(tmp_path, cell_of("maml"), base + 0.022 + 0.1 * noise)  # t = 2.2, p = 0.03
+    put(tmp_path, cell_of("anil"), base)
+    for name in ("boil", "fomaml"):
+        put(tmp_path, cell_of(name), base + 0.1 * NOISE.standard_normal(100))
+    (row,) = (
+        row
+        for row in compare([tmp_path]).rows
+        if {row.algorithm_a, row.algorithm_b} == {"maml", "anil"}
+    )
+    assert 0.02 < row.p < 0.05 < row.p_holm
+    assert row.better == ""
+
+
+def test_the_better_ones_costs_stand_over_the_others(tmp_path: Path) -> None:
+    base = scores_of(0.6)
+    slow = costs(0.2, 3e8)
+    slow["seconds"] *= 1 + 0.2 * np.random.default_rng(1).random(len(slow))
+    put(tmp_path, cell_of("maml"), base + 0.05 + 0.01 * NOISE.standard_normal(100), slow)
+    put(tmp_path, cell_of("anil"), base, costs(0.1, 1e8))
+    (row,) = compare([tmp_path]).rows
+    assert (row.algorithm_a, row.better) == ("anil", "maml")
+    said = row.sentence()
+    ratio = re.search(r"([\d.]+)x the time \[([\d.]+), ([\d.]+)\], ([\d.]+)x the memory", said)
+    assert ratio is not None
+    shown = [float(number) for number in ratio.groups()]
+    assert shown[:3] == pytest.approx(
+        [1 / row.time_ratio, 1 / row.time_high, 1 / row.time_low], abs=0.006
+    )
+    assert shown[1] < shown[0] < shown[2]
+    assert shown[3] == pytest.approx(3)

@@ -14,7 +14,7 @@ import datasets
 from bench import measure
 from bench.errors import CellError, SourceChangedError
 from bench.sweep import Cell, Sweep
-from tests.bench.conftest import TINY
+from tests.bench.conftest import TINY, measured_here
 
 
 def test_every_repeat_of_every_cell_is_kept_and_counted_alike(cell: Cell) -> None:
@@ -243,3 +243,43 @@ def test_a_measuring_process_that_fails_is_a_failed_cell(cell: Cell) -> None:
     broken = cell.model_copy(update={"dataset": "absent"})
     with pytest.raises(CellError, match="measuring failed: DatasetError: no dataset"):
         measure.measure([broken])
+
+
+def test_cells_take_turns_and_warm_up_first(cell: Cell, monkeypatch) -> None:
+    """Each round has every phase of every cell: what drifts does so for all."""
+    asked: list[tuple[str, str, int]] = []
+    once = measure.Subject.once
+
+    def noted(self: measure.Subject, phase: str, repeat: int) -> dict:
+        asked.append((self.cell.algorithm, phase, repeat))
+        return once(self, phase, repeat)
+
+    monkeypatch.setattr(measure.Subject, "once", noted)
+    monkeypatch.setattr(measure.Subject, "peaks", lambda self, repeat: {})
+    monkeypatch.setattr(measure.Subject, "flops", lambda self, phase: 0)
+    monkeypatch.setattr(measure, "_subject", measured_here)
+    measure.measure([cell, cell.model_copy(update={"algorithm": "fomaml"})], plugin=TINY)
+    rounds = range(measure.WARM_UP + measure.REPEATS)
+    assert asked == [
+        (algorithm, phase, repeat)
+        for repeat in rounds
+        for algorithm in ("maml", "fomaml")
+        for phase in measure.PHASES
+    ]
+
+
+def test_peak_memory_is_a_meta_steps_median() -> None:
+    rows = [(measure.STEP, 0.1, peak, 1e9) for peak in (10.0, 30.0, 20.0)]
+    rows += [(phase, 0.1, 900.0, 1e9) for phase in (measure.EVALUATION, measure.CALIBRATION)]
+    found = pd.DataFrame(rows, columns=["phase", "seconds", "peak_bytes", "flops"])
+    assert measure.headline(found)["peak_memory_bytes"] == 20
+
+
+def test_what_is_measured_is_the_cells_own_after_its_growth_too(cell: Cell) -> None:
+    cell = cell.model_copy(update={"train_shots": 3})
+    source = datasets.get("tiny")().load("train")
+    subject = measure.Subject(cell, source)
+    assert len(subject.growth()) == len(measure.GROWTH_STEPS)
+    assert subject.algorithm.inner_steps == cell.hyperparameters["inner_steps"]
+    # Training has three shots, the test's episodes have one.
+    assert (subject.batches.spec.shots, subject.eval_spec.shots) == (3, 1)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import algorithms
 import bench
+import datasets
 from bench.errors import BenchError, StorageError
 from bench.files import write_text
 from bench.store import DECISIVE, SUMMARY_COLUMNS, Run, source_hash
@@ -170,3 +172,22 @@ def test_failures_that_cannot_be_read_are_kept_aside(run: Run, cell: Cell) -> No
     run.forgive(cell)
     run.fail(cell, "out of memory")
     assert path.with_name("failures.damaged.json").read_text() == '{"cut'
+
+
+def test_the_source_hash_is_of_every_file_that_decides_a_figure(monkeypatch) -> None:
+    """A byte more in any of them makes it another."""
+    plain = source_hash()
+    packages = [Path(str(package.__file__)).parent for package in (algorithms, datasets)]
+    files = [path for folder in packages for path in folder.rglob("*.py")]
+    files += [packages[0] / "kernels.c"]
+    files += [HOME / f"{name}.py" for name in ("sweep", "making", "training", "distributed")]
+    files += [HOME / f"{name}.py" for name in ("protocol", "stats", "measure")]
+    read = Path.read_bytes
+    for changed in files:
+
+        def edited(path: Path, changed: Path = changed) -> bytes:
+            return read(path) + b"#" * (path == changed)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_bytes", edited)
+            assert source_hash() != plain, changed.name
