@@ -186,3 +186,38 @@ def test_cells_of_different_source_are_drawn_each_for_themselves(tmp_path: Path)
         patch.setattr(plots, "accuracy", lambda rows: drawn.append(rows) or plots.Figure())
         plots.draw_all(summary, tmp_path, swept)
     assert set(drawn[0]["algorithm"]) == {"maml (source aaa)", "maml (source bbb)"}
+
+
+def test_costs_are_drawn_in_their_units_with_intervals_in_per_cent(found) -> None:
+    board = found.leaderboard
+    figure = plots.cost(board, "peak_memory_bytes", "over seeds")
+    row = board.iloc[0]
+    (container, *_) = figure.axes[0].containers
+    ((line, _, (bars,))) = container
+    assert line.get_xydata().tolist() == [
+        pytest.approx([row["peak_memory_bytes"] / 2**20, 100 * row["mean"]])
+    ]
+    (segment,) = bars.get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([100 * row["low"], 100 * row["high"]])
+
+
+def test_bars_of_a_summary_are_as_long_as_its_intervals() -> None:
+    figure = plots.accuracy(ROWS[(ROWS["seed"] == 0) & (ROWS["algorithm"] == "maml")])
+    lengths = [
+        segment[1, 1] - segment[0, 1]
+        for axis in figure.axes
+        for container in axis.containers
+        for bars in container[2]
+        for segment in bars.get_segments()
+    ]
+    assert lengths == pytest.approx([2 * 0.02] * len(lengths))
+    assert lengths
+
+
+def test_a_curves_band_goes_from_its_lowest_to_its_highest(found) -> None:
+    figure = plots.adaptation(found.leaderboard, found.adaptation)
+    mine = found.adaptation[found.adaptation["entry"] == 0]
+    (band, *_) = figure.axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(100 * mine["low"].min())
+    assert heights.max() == pytest.approx(100 * mine["high"].max())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from bench import findings, paper, report, tables
 from bench.failures import lost, scoreless
@@ -20,6 +21,8 @@ from bench.progress import decimals, score
 from bench.store import SCORES, Run
 from tests.bench.conftest import QUICK
 from tests.bench.made_up import EPISODES, LEVELS, NASTY, add, cell_of, nasty
+
+CURVE_COLUMNS = ["entry", "step", "mean", "low", "high"]
 
 
 def sample(folder: Path) -> Run:
@@ -645,3 +648,123 @@ def test_a_leader_that_another_beats_on_their_seeds_is_no_leader_alone(run: Run)
     turned = [replace(row, better="maml")]
     assert findings.verdict(task, turned).lines == ["Worse than maml on the seeds that both have."]
     assert findings.level_with_best(task, turned) == ["anil", "maml"]
+
+
+# Numbers, from the cells to what is shown
+
+
+def of_maml(run: Run, shots: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """MAML's scores by seed, episode and step, and its means by seed."""
+    cells = [cell_of("maml", seed, shots=shots, train_shots=shots) for seed in (0, 1)]
+    scores = np.stack([run.scores_by_step(cell) for cell in cells])
+    return scores, scores[:, :, -1].mean(axis=1)
+
+
+def half_over_seeds(means: np.ndarray) -> float:
+    return float(stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5)
+
+
+def test_the_headline_interval_is_over_seeds_and_costs_are_medians(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir(parents=True)
+    for seed, time in enumerate((10.0, 1.0, 4.0)):
+        add(run, cell_of("maml", seed), step_ms=time)
+    row = tables.read(run).leaderboard.iloc[0]
+    assert row["step_ms"] == 4.0
+    means = np.array([record.figures["mean"] for record in run.records()])
+    assert row["low"] == pytest.approx(means.mean() - half_over_seeds(means))
+    assert row["high"] == pytest.approx(means.mean() + half_over_seeds(means))
+
+
+def test_curves_are_means_of_the_seeds_with_what_they_say_their_bands_are(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.cells.mkdir(parents=True)
+    for seed, level in ((0, 0.5), (1, 0.9)):
+        add(run, cell_of("maml", seed), level=level)
+    found = tables.read(run)
+    training = found.learning.query("of == 'training'")
+    assert training["mean"].to_numpy() == pytest.approx(0.7)
+    assert training["low"].to_numpy() == pytest.approx(0.5)
+    assert training["high"].to_numpy() == pytest.approx(0.9)
+    # Peaks are 5 + seed + steps MiB.
+    assert found.growth[["step", "mean", "low", "high"]].to_numpy().tolist() == [
+        [steps, 5.5 + steps, 5 + steps, 6 + steps] for steps in (1, 2, 4, 8)
+    ]
+    scores, _ = of_maml(run)
+    together = scores.mean(axis=0)
+    half = stats.t.ppf(0.975, EPISODES - 1) * together.std(axis=0, ddof=1) / EPISODES**0.5
+    assert found.adaptation["mean"].to_numpy() == pytest.approx(together.mean(axis=0))
+    assert (found.adaptation["high"] - found.adaptation["mean"]).to_numpy() == pytest.approx(half)
+    assert (found.adaptation["mean"] - found.adaptation["low"]).to_numpy() == pytest.approx(half)
+
+
+def test_documents_show_the_score_its_interval_over_seeds_and_the_costs(run: Run) -> None:
+    _, means = of_maml(run)
+    mean, half = 100 * means.mean(), 100 * half_over_seeds(means)
+    report.write(run.folder)
+    markdown = (run.folder / "report.md").read_text()
+    (row,) = re.findall(r"^\| glyphs, 5-way 1-shot \| maml \|.*$", markdown, re.MULTILINE)
+    assert f"| {mean:.1f} ± {half:.1f}% over 2 seeds |" in row
+    assert row.endswith("| 51.5 | 4 |")  # the name's letters decide what it costs
+    latex = (run.folder / "table.tex").read_text()
+    assert f"$\\mathbf{{{mean:.1f}}} \\pm {half:.1f}$" in latex
+    page = (run.folder / "report.html").read_text()
+    assert f"{mean:.1f}" in page
+    found = tables.read(run)
+    said = findings.verdict(findings.tasks(found.leaderboard)[0], [])
+    assert said.score == f"{mean:.1f} ± {half:.1f}% over 2 seeds"
+
+
+def test_charts_have_their_numbers_in_the_units_that_are_shown(run: Run) -> None:
+    found = tables.read(run)
+    data = report._chart_data(found, findings.tasks(found.leaderboard))
+    scores, means = of_maml(run)
+    (entry,) = (e for e in data["entries"] if (e["label"], e["task"]) == ("maml", 0))
+    assert entry["mean"] == pytest.approx(100 * means.mean(), rel=1e-4)
+    assert entry["ci_seeds"] == pytest.approx(100 * half_over_seeds(means), rel=1e-4)
+    assert (entry["step_ms"], entry["peak_memory_bytes"]) == (pytest.approx(51.5), 4)
+    points = pd.DataFrame(**{"data": data["adaptation"]["rows"], "columns": CURVE_COLUMNS})
+    mine = points[points["entry"] == entry["entry"]]
+    assert mine["mean"].to_numpy() == pytest.approx(100 * scores.mean(axis=(0, 1)), rel=1e-4)
+    grown = pd.DataFrame(**{"data": data["growth"]["rows"], "columns": CURVE_COLUMNS})
+    assert grown[grown["entry"] == entry["entry"]]["mean"].tolist() == [6.5, 7.5, 9.5, 13.5]
+
+
+def test_the_leaderboard_of_the_page_shows_both_half_widths(run: Run) -> None:
+    found = tables.read(run)
+    shown = report._leaderboard(found, findings.tasks(found.leaderboard))
+    titles = [column.title for column in shown["columns"]]
+    row = next(r["cells"] for r in shown["rows"] if r["cells"][0].text.startswith("maml"))
+    scores, means = of_maml(run)
+    episodes = scores[:, :, -1].mean(axis=0)
+    over_episodes = stats.t.ppf(0.975, EPISODES - 1) * episodes.std(ddof=1) / EPISODES**0.5
+    texts = [cell.text for cell in row]
+    assert len(titles) == len(texts)
+    assert f"{100 * means.mean():.1f} %" in texts
+    assert f"{100 * half_over_seeds(means):.1f}" in texts
+    assert f"{100 * over_episodes:.1f}" in texts
+
+
+def test_a_difference_is_row_minus_column_with_its_interval(run: Run) -> None:
+    found = tables.read(run)
+    comparison, _ = report._compared(found, [])
+    assert comparison is not None
+    task = findings.tasks(found.leaderboard)[0]
+    rows = findings.pairs(task, comparison.rows)
+    matrix = report._matrix(task, rows)
+    at = {
+        (line["label"], column): cell
+        for line in matrix["rows"]
+        for column, cell in zip(matrix["labels"], line["cells"], strict=True)
+    }
+    for row in rows:
+        for one, other, sign in (
+            (row.algorithm_a, row.algorithm_b, 1),
+            (row.algorithm_b, row.algorithm_a, -1),
+        ):
+            cell = at[one, other]
+            plain = cell["text"].replace("\N{MINUS SIGN}", "-").split()[0]
+            assert float(plain) == pytest.approx(100 * sign * row.difference, abs=0.06)
+            ends = cell["interval"].replace("\N{MINUS SIGN}", "-")[1:-1].split(", ")
+            expected = sorted((100 * sign * row.low, 100 * sign * row.high))
+            assert [float(end) for end in ends] == pytest.approx(expected, abs=0.06)

@@ -1,5 +1,6 @@
 """A search proposes, prunes and resumes by validation alone."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,33 @@ def test_what_diverges_is_noted_and_leaves_no_best(bench, tmp_path: Path) -> Non
     assert status == 1
     assert "diverging trial 1: diverged after 1 iterations" in out
     assert not list((tmp_path / "s").glob("best*"))
+
+
+def test_of_errors_the_lowest_is_the_best_and_gradients_are_counted(bench, tmp_path: Path) -> None:
+    fixed = (
+        "--algos",
+        "maml",
+        "--datasets",
+        "sinusoid",
+        "--devices",
+        "cpu",
+        "--set",
+        "val_every=2",
+    )
+    fixed += ("--set", "iterations=4", "--set", "meta_batch=3", "--set", "val_episodes=20")
+    asked = ("--space", "inner_lr=0.0001:0.01:log,inner_steps=1:2", "--trials", "4", "--out", "s")
+    assert bench("search", *fixed, *asked)[0] == 0
+    table = pd.read_parquet(tmp_path / "s" / "trials.parquet")
+    assert table["value"].nunique() == 4
+    best = table.loc[table["value"].idxmin()]
+    written = tomllib.loads((tmp_path / "s" / "best-maml.toml").read_text())
+    assert written["set"]["inner_lr"] == [best["inner_lr"]]
+    # Each task's inner steps, and its outer one.
+    taken = table["iterations"] * 3 * (table["inner_steps"] + 1)
+    assert (table["gradients"] == taken).all()
+    for trial in table["trial"]:
+        record = json.loads((tmp_path / f"s/trials/maml-{trial:04}.json").read_text())
+        assert record["value"] == min(record["validations"].values())
 
 
 @pytest.mark.parametrize(
