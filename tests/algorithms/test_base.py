@@ -177,3 +177,37 @@ def test_reptile_learns_what_others_learn_outside_alone(engine: str) -> None:
     reptile = algorithms.create("reptile", model, engine=engine)
     reptile.meta_backward({"train": (x, y), "test": (x, y)})
     assert all(model.get_parameter(name).grad.any() for name in model.outer_only)
+
+
+def test_an_inner_gradient_is_clipped_and_then_directed() -> None:
+    class Amplified(algorithms.get("maml")):  # type: ignore[misc]
+        summary = "ten times the gradient"
+
+        def direction(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+            return 10 * gradient
+
+    batch = derivation.make_batch()
+    for engine in ("higher", "batched"):
+        torch.manual_seed(0)
+        model = derivation.Net().double()
+        maml = Amplified(model, inner_lr=1.0, inner_clip=1e-3, engine=engine)
+        tasks = maml._tasks(batch, None, 1)
+        maml._prepare(tasks)
+        first = next(iter(tasks.split(maml.inner_loop.tasks_per_pass)))
+        before, after = maml.inner_loop.trajectory(first, 1, create_graph=False)
+        moved = torch.stack([(after[n] - before[n]).abs().max() for n in maml.adapted()])
+        assert moved.max().item() == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+def test_an_evaluation_takes_the_mini_batches_of_its_own_size(engine: str) -> None:
+    """Of one support sample a step, in the order of one shuffle: each is descended once."""
+    inputs = torch.eye(2).expand(1, 2, 2)
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    nn.init.zeros_(model[0].weight)
+    targets = torch.ones(1, 2, 1)
+    settings = {"inner_lr": 0.5, "engine": engine, "inner_steps": 2, "eval_batch": 1}
+    maml = algorithms.create("maml", model, **settings)
+    errors = maml.evaluate({"train": (inputs, targets), "test": (inputs, targets)}).metric
+    # A step on one sample's squared error takes its own prediction from 0 to 1 and no other's.
+    assert errors[0].tolist() == pytest.approx([1.0, 0.5, 0.0])

@@ -818,3 +818,11 @@ def test_kernels_that_cannot_be_loaded_are_done_without(tmp_path: Path, monkeypa
     broken.write_bytes(b"")
     monkeypatch.setattr(kernels, "built", lambda name: broken)
     assert kernels.missing().startswith(f"cannot load {broken}")
+
+
+def test_engines_are_compared_where_they_are_asked_to_be() -> None:
+    model, batch = models.build("fc", SHAPES["fc"], 3, seed=0), make_batch(SHAPES["fc"])
+    state = algorithms.create("maml", model).state_dict()
+    assert verify("maml", model, batch, {}, state=state) < 1e-10
+    nowhere = {n: v * float("nan") if v.is_floating_point() else v for n, v in state.items()}
+    assert not verify("maml", model, batch, {}, state=nowhere) < 1e-10

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import algorithms
 from algorithms.normalisation import MODES
@@ -111,3 +112,52 @@ def test_the_users_model_keeps_its_own_layers() -> None:
     assert type(algorithm.model.norm1) is torch.nn.BatchNorm2d
     outputs = algorithm.model.eval()(torch.zeros(2, 1, 8, 8, dtype=torch.float64))
     assert outputs.shape == (2, 3)
+
+
+def data_norm(momentum: float | None) -> nn.Sequential:
+    """Batch normalisation of the data themselves, whose statistics no weight changes."""
+    return nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), nn.Linear(3, 2))
+
+
+def data_batch(seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2, 2, 4, 3, generator=generator) * 3 + 1
+    labels = torch.tensor([0, 1, 0, 1]).expand(2, 4)
+    return {"train": (inputs[0], labels), "test": (inputs[1], labels)}
+
+
+def noted(batch: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """What one meta-step of one inner step sees: each task's support set and its query set."""
+    sets = torch.cat([batch["train"][0], batch["test"][0]])
+    return [sets.mean(1).mean(0), sets.var(1).mean(0)]
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_averages_move_by_the_mean_of_what_a_meta_step_saw(
+    engine: str, momentum: float | None
+) -> None:
+    model = data_norm(momentum)
+    maml = algorithms.create("maml", model, norm="running", engine=engine)
+    expected = [torch.zeros(3), torch.ones(3)]
+    for step in (1, 2, 3):
+        batch = data_batch(step)
+        maml.meta_backward(batch)
+        share = 1 / step if momentum is None else momentum
+        seen = zip(expected, noted(batch), strict=True)
+        expected = [(1 - share) * before + share * now for before, now in seen]
+        assert torch.allclose(model[0].running_mean, expected[0], atol=1e-6)
+        assert torch.allclose(model[0].running_var, expected[1], atol=1e-6)
+    assert model[0].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+@pytest.mark.parametrize("norm", [mode for mode in MODES if mode != "running"])
+def test_other_modes_leave_the_running_averages_alone(engine: str, norm: str) -> None:
+    model = data_norm(0.1)
+    maml = algorithms.create("maml", model, norm=norm, engine=engine)
+    maml.meta_backward(data_batch(0))
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
+    assert torch.equal(model[0].running_var, torch.ones(3))
+    assert model[0].num_batches_tracked == 0
+    assert not any(layer.averages.noted for layer in maml.inner_loop.norm.layers)
