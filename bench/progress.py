@@ -178,10 +178,8 @@ SETTINGS = (
     *("device", "source"),
 )
 """What changes the meaning of a score: shown for each row where it varies, else below."""
-SHARED = (
-    *("seed", "test_shots", "iterations", "episodes", "norm", "engine", "precision", "device"),
-)
-"""Of those that do not vary, the ones that are said."""
+SHARED = ("seed", "test_shots", "iterations", "episodes", "norm", "engine", "device")
+"""Of those that do not vary, the ones that are said; the precision is where it is not float32."""
 
 
 def score(row: pd.Series | dict[str, object]) -> str:
@@ -206,10 +204,11 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
     complete = summary["status"] == "complete"
     told = summary[complete] if complete.any() else summary
     varying = [name for name in settings if _varies(name, told)]
+    rounded = "precision" in told and told["precision"].iloc[0] != "float32"
     shared = [
         f"{name.replace('_', ' ')} {told[name].iloc[0]}"
-        for name in (*SHARED, *swept)
-        if name in told and told[name].nunique(dropna=False) == 1 and told[name].notna().all()
+        for name in (*SHARED, *(["precision"] if rounded else []), *swept)
+        if told[name].nunique(dropna=False) == 1 and told[name].notna().all()
     ]
     notes = ["times: median of the repeats (interquartile range)"]
     notes += [f"all: {', '.join(shared)}"] if shared else []

@@ -108,6 +108,17 @@ def test_the_table_shows_what_is_unlike_in_80_columns() -> None:
     assert "algorithm episodes of shots steps steps score ms ms MiB" in lines
 
 
+@pytest.mark.parametrize(("precision", "said"), [("bf16", True), ("float32", False)])
+def test_a_precision_that_is_not_float32_is_said(
+    bench, unmeasured: None, precision: str, said: bool
+) -> None:
+    asked = ("--algos", "maml", "--set", f"precision={precision}", *QUICK, "--out", "r")
+    status, out, _ = bench("run", *asked)
+    assert status == 0
+    assert (f"precision {precision}" in " ".join(out.split())) == said
+    assert pd.read_csv("r/summary.csv")["precision"].tolist() == [precision]
+
+
 def test_algorithms_are_scored_on_the_same_episodes_and_timed_in_turns(
     bench, fresh_processes, tmp_path: Path
 ) -> None:
