@@ -85,6 +85,18 @@ def conv4_pool(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     return _glorot(EpisodicNet(body, 32 * math.prod(side // 16 for side in size), outputs))
 
 
+def conv4_leaky(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
+    """The Omniglot network of MAML++: four 3x3 convolutions of 64 filters with leaky rectifiers,
+    each followed by 2x2 max pooling (Antoniou et al. 2019); 28x28 gives 64 features."""
+    channels, *size = sample_shape
+    blocks: list[nn.Module] = []
+    for inputs in (channels, 64, 64, 64):
+        convolution, norm, _ = _block(inputs, 64, stride=1)
+        blocks += [convolution, norm, nn.LeakyReLU(), nn.MaxPool2d(2)]
+    body = nn.Sequential(*blocks, nn.Flatten())
+    return _glorot(EpisodicNet(body, 64 * math.prod(side // 16 for side in size), outputs))
+
+
 def fc(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The fully connected Omniglot network: layers of 256, 128, 64 and 64, each with batch
     normalisation and ReLU (Finn et al. 2017, section 5.2)."""
@@ -108,9 +120,14 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], EpisodicNet]] = {
     "conv4": conv4,
     "conv4_mean": conv4_mean,
     "conv4_pool": conv4_pool,
+    "conv4_leaky": conv4_leaky,
     "fc": fc,
     "mlp": mlp,
 }
+
+
+POOLED = ("conv4_pool", "conv4_leaky")
+"""Those that halve a picture four times, and so want one of 16 pixels a side at least."""
 
 
 def usual(sample_shape: tuple[int, ...]) -> str:
@@ -129,7 +146,7 @@ def build(name: str, sample_shape: tuple[int, ...], outputs: int, seed: int) -> 
     if name not in MODELS:
         raise AlgorithmError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
     images = name.startswith("conv4")
-    if images and (len(sample_shape) != 3 or (name == "conv4_pool" and min(sample_shape[1:]) < 16)):
+    if images and (len(sample_shape) != 3 or (name in POOLED and min(sample_shape[1:]) < 16)):
         raise AlgorithmError(f"{name} does not fit samples of shape {sample_shape}")
     with drawing(seed):
         return MODELS[name](sample_shape, outputs)

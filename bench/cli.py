@@ -130,7 +130,7 @@ def run(
         ),
     ] = False,
     model: Annotated[
-        str | None, _training("Network: conv4, conv4_mean, conv4_pool, fc or mlp.")
+        str | None, _training("Network: conv4, conv4_mean, conv4_pool, conv4_leaky, fc or mlp.")
     ] = None,
     test_shots: Annotated[str | None, _evaluation("Query samples a class.")] = None,
     eval_steps: Annotated[str | None, _evaluation("Inner steps of an evaluation.")] = None,

@@ -26,6 +26,7 @@ from tests.algorithms.test_meta_gradients import make_model, relative_error
 
 ALGORITHMS = ("maml", "fomaml", "reptile", "anil", "pretrained")
 SHAPES = {"conv4": (1, 20, 20), "conv4_mean": (1, 20, 20), "conv4_pool": (2, 16, 17), "fc": (7,)}
+SHAPES["conv4_leaky"] = (1, 16, 17)
 
 
 def make_batch(shape: tuple[int, ...], tasks: int = 3, support: int = 6, query: int = 4, out=None):

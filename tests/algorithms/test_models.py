@@ -14,6 +14,7 @@ from algorithms import AlgorithmError, models
         ("conv4_mean", (1, 28, 28), 64),
         ("conv4_pool", (3, 84, 84), 800),
         ("conv4_pool", (3, 32, 32), 128),
+        ("conv4_leaky", (1, 28, 28), 64),
         ("fc", (1, 28, 28), 64),
         ("mlp", (1,), 40),
     ],
