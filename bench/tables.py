@@ -462,6 +462,8 @@ def _learning(members: dict[int, list[_Loaded]]) -> pd.DataFrame:
 
 def _stacked(frames: dict[int, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """The frames of the entries below one another, numbered in ``entry``."""
+    # An empty frame has no types, and would take those of the others away.
+    frames = {entry: frame for entry, frame in frames.items() if not frame.empty}
     if not frames:
         return pd.DataFrame(columns=["entry", *columns])
     stacked = pd.concat(frames, names=["entry"]).reset_index(level="entry")
