@@ -204,7 +204,7 @@ def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
     complete = summary["status"] == "complete"
     told = summary[complete] if complete.any() else summary
     varying = [name for name in settings if _varies(name, told)]
-    rounded = "precision" in told and told["precision"].iloc[0] != "float32"
+    rounded = "precision" in told and (told["precision"].dropna() != "float32").any()
     shared = [
         f"{name.replace('_', ' ')} {told[name].iloc[0]}"
         for name in (*SHARED, *(["precision"] if rounded else []), *swept)
