@@ -196,14 +196,14 @@ def run(
         float | None,
         _execution("Seconds after which a cell has failed; in a process of its own.", min=0),
     ] = None,
-    measure_beside_work: Annotated[
-        bool,
+    costs: Annotated[
+        Literal["alone", "beside", "never"],
         typer.Option(
-            "--measure-beside-work",
-            help="Measure time and memory while other cells are trained; else afterwards, alone.",
+            help="When time and memory are measured: with nothing beside, while other cells are "
+            "trained (--jobs), or not at all, which leaves these columns empty for good.",
             rich_help_panel=EXECUTION,
         ),
-    ] = False,
+    ] = "alone",
     retry_failed: Annotated[bool, RETRY_FAILED] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and roughly how long they take.")
@@ -229,7 +229,6 @@ def run(
         gpus=cell_gpus,
         memory_gib=cell_memory,
         cell_timeout=cell_timeout,
-        measure_beside_work=measure_beside_work,
     )
     load_plugin(trusted(sweep.plugin, plugin))
     cells = sweep.cells()
@@ -242,7 +241,7 @@ def run(
     with distributed.led(team):
         with console.status("reading the data and checking gradients"):
             left = runner.left(cells, folder)
-            runner.check(left, sources, team.size, crew)
+            runner.check(left, sources, team.size, crew, costs)
         for note in sweep.notes():
             console.print(note)
         there = len(cells) - len(left)
@@ -251,7 +250,7 @@ def run(
         if dry_run:
             runner.check_folder(folder, sweep, cells, sources, accept_changed_code)
             with console.status("timing a few steps of each kind of cell"):
-                seconds = runner.estimate_seconds(left, sources)
+                seconds = runner.estimate_seconds(left, sources, costs)
             if there:
                 console.print(f"{there} of {len(cells)} cells are there already")
             return _print_plan(left, seconds, console)
@@ -260,6 +259,7 @@ def run(
             summary = runner.run(
                 *(sweep, cells, sources, folder, display, accept_changed_code, team),
                 crew=crew,
+                costs=costs,
                 threads=cell_cpus,
                 retry_failed=retry_failed,
             )
@@ -417,14 +417,26 @@ def check(
     slowdown: Annotated[
         float, typer.Option(help="Growth of time or memory that is tolerated, in per cent.")
     ] = 15.0,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="The run may lack cells of the baseline; else that is a regression, too.",
+        ),
+    ] = False,
     format: Annotated[
         Literal["text", "github"], typer.Option(help="github: Markdown for a job summary.")
     ] = "text",
 ) -> None:
-    """Exit with status 1 if a run is worse than a baseline: in accuracy, time or memory."""
+    """Exit with status 1 if a run is worse than a baseline: in accuracy, time or memory.
+
+    For example: python -m bench check results/head --baseline results/base
+
+    Cells of the baseline that failed in the run, or are not there, are regressions too.
+    """
     from bench import regression
 
-    found = regression.check(run, baseline, margin, slowdown)
+    found = regression.check(run, baseline, margin, slowdown, allow_missing)
     if format == "github":
         print(found.markdown())
     else:

@@ -21,6 +21,7 @@ from algorithms import kernels
 from bench.errors import printable
 from bench.sweep import Sweep
 
+CODE = ("bench", "algorithms", "datasets", "pyproject.toml", "constraints.txt")
 PACKAGES = ("torch", "higher", "numpy", "pandas", "scipy", "seaborn", "fewshot-bench")
 
 
@@ -113,14 +114,17 @@ def cpu_name() -> str:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of this checkout when a process first asks, with ``+`` where it has changes; None
-    outside one."""
+    """The commit of this checkout when a process first asks, with ``+`` where its packages have
+    changes, new files among them; None outside one."""
+
+    root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *words]
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        changes = git("status", "--porcelain", "--", *CODE)
+        return git("rev-parse", "HEAD") + ("+" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -8,6 +8,7 @@ their repeats can be paired.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import multiprocessing
 import resource
 import secrets
@@ -55,6 +56,9 @@ GROWTH_TASKS = 4
 CALIBRATION_SIDE = 768
 CALIBRATION_PRODUCTS = 4
 PATIENCE_SECONDS = 600.0
+LOOK_SECONDS = 0.5
+"""How often one who waits for an answer asks whether to stop: seldom, for a look takes time of the
+machine that is measured."""
 
 
 class Meter:
@@ -272,6 +276,8 @@ def measure(
     root: Path | None = None,
     plugin: Path | None = None,
     source: str | None = None,
+    told: Callable[[int, int], None] = lambda done, total: None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> list[pd.DataFrame]:
     """Measure cells that are compared with one another, taking turns.
 
@@ -280,6 +286,8 @@ def measure(
         root: the folder of the data sets.
         plugin: code to load first.
         source: the hash of the code that is to be measured; None for whatever there is.
+        told: is told how many of how many parts are done.
+        interrupted: asked again and again; True ends in ``KeyboardInterrupt``.
 
     Returns:
         For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes,
@@ -294,20 +302,28 @@ def measure(
         SourceChangedError: a process that finds other code.
     """
     rows: list[list[dict[str, Any]]] = [[] for _ in cells]
+    parts = itertools.count(1)
+    total = len(cells) * (1 + REPEATS + len(PHASES) * (WARM_UP + REPEATS + 1))
+
+    def ask(subject: _Asked, *question: Any) -> Any:
+        answer = _ask(subject, *question, interrupted=interrupted)
+        told(next(parts), total)
+        return answer
+
     with ExitStack() as stack:
         subjects = [stack.enter_context(_subject(cell, root, plugin, source)) for cell in cells]
         peaks = []
         for subject, found in zip(subjects, rows, strict=True):
-            found += _ask(subject, "growth")
-            peaks.append([_ask(subject, "peaks", repeat) for repeat in range(REPEATS)])
+            found += ask(subject, "growth")
+            peaks.append([ask(subject, "peaks", repeat) for repeat in range(REPEATS)])
         for repeat in range(-WARM_UP, REPEATS):
             for subject, found, peak in zip(subjects, rows, peaks, strict=True):
                 for phase in PHASES:
-                    row = _ask(subject, "once", phase, repeat + WARM_UP)
+                    row = ask(subject, "once", phase, repeat + WARM_UP)
                     if repeat >= 0:
                         found.append(row | {"repeat": repeat} | peak[repeat].get(phase, {}))
         for subject, found in zip(subjects, rows, strict=True):
-            flops = {phase: _ask(subject, "flops", phase) for phase in PHASES}
+            flops = {phase: ask(subject, "flops", phase) for phase in PHASES}
             found[:] = [row | {"flops": flops.get(row["phase"])} for row in found]
     session = secrets.token_hex(4)
     return [pd.DataFrame(found).assign(session=session) for found in rows]
@@ -373,6 +389,9 @@ def _subject(
     theirs.close()
     try:
         yield _Asked(cell, ours)
+    except KeyboardInterrupt:  # who stops does not wait for an answer
+        process.kill()
+        raise
     finally:
         ours.close()
         process.join(timeout=5)
@@ -406,12 +425,16 @@ def _serve(
         connection.send(("failed", f"{type(error).__name__}: {error}"))
 
 
-def _ask(subject: _Asked, *question: Any) -> Any:
+def _ask(subject: _Asked, *question: Any, interrupted: Callable[[], bool] = lambda: False) -> Any:
     try:
         subject.connection.send(question)
-        if not subject.connection.poll(PATIENCE_SECONDS):
-            why = f"the measuring process did not answer in {PATIENCE_SECONDS:.0f} s"
-            raise MeasuringError(subject.cell, why)
+        end = time.monotonic() + PATIENCE_SECONDS
+        while not subject.connection.poll(LOOK_SECONDS):
+            if interrupted():
+                raise KeyboardInterrupt
+            if time.monotonic() > end:
+                why = f"the measuring process did not answer in {PATIENCE_SECONDS:.0f} s"
+                raise MeasuringError(subject.cell, why)
         status, answer = subject.connection.recv()
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
         why = "the measuring process died; perhaps of too little memory"

@@ -107,7 +107,13 @@ class Display:
 
     def measuring(self, cells: Sequence[Cell]) -> None:
         """Cells start to be measured side by side."""
-        self._work(f"measuring {', '.join(cell.algorithm for cell in cells)}", None)
+        self._work(f"measuring {', '.join(cell.algorithm for cell in cells)}", 0)
+
+    def measured(self, done: int, total: int) -> None:
+        """Parts of a measurement are done."""
+        self.total = total
+        self.bars.update(self.work, total=total)
+        self._advance(done, "")
 
     def unmeasured(self, cells: Sequence[Cell]) -> None:
         """Cells cannot be measured here."""
@@ -162,7 +168,7 @@ class Display:
             self.last_line = now
         return due
 
-    def _work(self, label: str, total: int | None) -> None:
+    def _work(self, label: str, total: int) -> None:
         self.label, self.total = label, total
         self.bars.reset(self.work, description=label, total=total, note="", visible=True)
 

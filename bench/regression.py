@@ -90,6 +90,8 @@ class Check:
         findings: everything that was compared.
         failed: cells of the baseline that failed now, which is a regression too.
         missing: how many cells of the baseline are not there at all.
+        may_miss: whether that is to be expected; else it is a regression too, for nobody knows
+            what they would have shown.
         notes: cells without a counterpart, changed settings, and the like.
         rule: when there is an alarm, in words.
     """
@@ -97,13 +99,14 @@ class Check:
     findings: list[Finding]
     failed: list[str]
     missing: int
+    may_miss: bool
     notes: list[str]
     rule: str
 
     @property
     def regressed(self) -> bool:
         """Whether anything is an alarm."""
-        return bool(self.worse or self.failed)
+        return bool(self.worse or self.failed or (self.missing and not self.may_miss))
 
     @property
     def worse(self) -> list[Finding]:
@@ -114,7 +117,9 @@ class Check:
     @property
     def conclusion(self) -> str:
         """The outcome in one line."""
-        count = len(self.findings)
+        count, missing = len(self.findings), []
+        if self.missing:
+            missing = [f"{self.missing} cells of the baseline are not here"]
         if self.regressed:
             counts = Counter(finding.verdict for finding in self.worse)
             said = ("got worse", "may have (a loss is not ruled out)")
@@ -123,14 +128,10 @@ class Check:
             ]
             failed = [f"failed: {', '.join(self.failed)}"] if self.failed else []
             parts = [f"of {count} checks {', '.join(alarms)}"] if alarms else []
-            return "; ".join(["regression: " + "; ".join([*parts, *failed]), *self._missing])
+            return f"regression: {'; '.join([*parts, *failed, *missing])}"
         noisy = sum(finding.verdict == "too noisy" for finding in self.findings)
         doubt = [f"{noisy} were too noisy to tell"] if noisy else []
-        return "; ".join([f"no regression in {count} checks", *doubt, *self._missing])
-
-    @property
-    def _missing(self) -> list[str]:
-        return [f"{self.missing} cells of the baseline are not here"] if self.missing else []
+        return "; ".join([f"no regression in {count} checks", *doubt, *missing])
 
     @property
     def nearest(self) -> list[Finding]:
@@ -167,7 +168,13 @@ def _markdown_table(findings: Iterable[Finding]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 15.0) -> Check:
+def check(
+    folder: Path,
+    baseline: Path,
+    margin: float = 1.0,
+    slowdown: float = 15.0,
+    allow_missing: bool = False,
+) -> Check:
     """Hold a run against a baseline.
 
     Args:
@@ -175,6 +182,7 @@ def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 1
         margin: loss that is to be ruled out: points of accuracy; of an error, per cent of the
             baseline's.
         slowdown: growth of time or memory that is tolerated, in per cent.
+        allow_missing: whether the run may lack cells of the baseline.
 
     Raises:
         BenchError: a limit that is not positive, a run without results, or two runs that share no
@@ -210,7 +218,8 @@ def check(folder: Path, baseline: Path, margin: float = 1.0, slowdown: float = 1
         f"time and memory where growth is above {slowdown:g}% and the 95% interval, "
         "which allows runs to differ by as much as repeats do, is above 0."
     )
-    return Check(findings, failed, max(len(alone[1]) - len(failed), 0), notes, rule)
+    missing = max(len(alone[1]) - len(failed), 0)
+    return Check(findings, failed, missing, allow_missing, notes, rule)
 
 
 # Which cells belong together

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -34,6 +34,8 @@ from bench.sweep import Cell, Sweep
 from bench.training import build, train, validations
 from datasets import DatasetError
 
+Costs = Literal["alone", "beside", "never"]
+"""When cells are measured: with no cell trained meanwhile, while others are, or not at all."""
 WORKERS = ".workers"
 """In a run's folder: what the processes that train its cells are given."""
 
@@ -52,7 +54,11 @@ def left(cells: list[Cell], folder: Path) -> list[Cell]:
 
 
 def check(
-    cells: list[Cell], sources: Sources, processes: int = 1, crew: Crew | None = None
+    cells: list[Cell],
+    sources: Sources,
+    processes: int = 1,
+    crew: Crew | None = None,
+    costs: Costs = "alone",
 ) -> None:
     """Find out what cannot work before anything is written.
 
@@ -61,6 +67,8 @@ def check(
     """
     if crew is not None and processes > 1:
         raise BenchError(f"torchrun and --executor {crew.name} each start processes; use one")
+    if crew is None and costs == "beside":
+        raise BenchError("--costs beside is for --jobs and --executor: nothing is beside here")
     for device in {cell.device for cell in cells}:
         if crew is None or not crew.afar:
             check_device(device)
@@ -192,6 +200,7 @@ def run(
     team: Team = ALONE,
     *,
     crew: Crew | None = None,
+    costs: Costs = "alone",
     threads: int | None = None,
     retry_failed: bool = False,
 ) -> pd.DataFrame:
@@ -206,6 +215,7 @@ def run(
         accept_changed_code: put cells beside such as other source made.
         team: the processes that train together; this one leads them.
         crew: the processes that train one cell each; None trains them in this one.
+        costs: when cells are measured.
         threads: that this one computes with; None for torch's own choice.
         retry_failed: do again what failed before; else it is skipped, too.
 
@@ -223,19 +233,22 @@ def run(
     with store.start(sweep), interruptible() as interrupted:
         store.recover(source, lambda left: sources.could_have_made(left.cell, left.figures))
         done, damaged = store.state(cells)  # asked now that no other run writes here
-        work = _Work(sweep, store, source, sources, display, interrupted, team)
+        work = _Work(sweep, store, source, sources, display, interrupted, team, costs)
         failed = ({cell.id for cell in cells} & store.failures().keys()) - done
         if retry_failed:
             failed = set()
         display.begin(cells, done=len(done), failed=len(failed))
         display.damaged(damaged)
-        groups = [
+        to_do = [
             [cell for cell in group if cell.id not in done | failed]
             for group in side_by_side(cells)
         ]
+        groups = [group for group in to_do if group]
         try:
             if crew is None:
                 for group in groups:
+                    if interrupted():
+                        raise KeyboardInterrupt
                     _run_group(group, work)
             else:
                 _run_by(crew, groups, work)
@@ -260,6 +273,7 @@ class _Work:
     display: Display
     interrupted: Interrupted
     team: Team
+    costs: Costs
 
     def failed(self, cell: Cell, failure: Failure) -> None:
         """Note that a cell failed, and say so in one line."""
@@ -310,8 +324,6 @@ def _run_group(cells: list[Cell], work: _Work) -> None:
             if work.team.size > 1 and not isinstance(error, CellError | BenchError):
                 raise
     _complete(_measure([cell for cell in cells if cell.id in trained], work), trained, work)
-    if work.interrupted():
-        raise KeyboardInterrupt
 
 
 def _train_here(cell: Cell, work: _Work) -> dict[str, Any]:
@@ -361,7 +373,7 @@ def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
                 else:
                     trained[cell.id] = work.trained(cell, outcome)
                 left.remove(cell.id)
-                if not crew.measure_beside_work:
+                if work.costs == "alone":
                     continue
                 for group in [g for g in groups if not left & {cell.id for cell in g}]:
                     groups.remove(group)
@@ -371,9 +383,9 @@ def _run_by(crew: Crew, groups: list[list[Cell]], work: _Work) -> None:
         for measured in beside:
             _complete(measured.result(), trained, work)
     for group in groups:
-        _complete(_measure(ready(group), work), trained, work)
         if work.interrupted():
             raise KeyboardInterrupt
+        _complete(_measure(ready(group), work), trained, work)
 
 
 @dataclass(frozen=True)
@@ -381,7 +393,7 @@ class _Measured:
     """Cells that took turns in being measured, and what came of it.
 
     Attributes:
-        performance: of each cell; None where it was not measured, for want of its device.
+        performance: of each cell; None where it was not measured.
         errors: of the cells that could not be measured.
     """
 
@@ -397,14 +409,18 @@ def _measure(cells: Sequence[Cell], work: _Work) -> _Measured:
         SourceChangedError: the code is no longer what trained them.
     """
     ready, errors = list(cells), list[measure.MeasuringError]()
-    if ready and not is_here(ready[0].device):
+    skipped = work.costs == "never"
+    if ready and not skipped and not is_here(ready[0].device):
         work.display.unmeasured(ready)
+        skipped = True
+    if skipped:
         return _Measured([(cell, None) for cell in ready], [])
     while ready:
         work.display.measuring(ready)
         try:
             place = (work.sweep.data_root, work.sweep.plugin)
-            found = measure.measure(ready, *place, work.source)
+            stages = (work.display.measured, work.interrupted)
+            found = measure.measure(ready, *place, work.source, *stages)
             return _Measured(list(zip(ready, found, strict=True)), errors)
         except measure.MeasuringError as error:
             if work.interrupted():  # whatever came over the process may have been meant for the run
@@ -429,7 +445,7 @@ def _complete(measured: _Measured, trained: Mapping[str, dict[str, Any]], work: 
 
 def follow(sources: Sources, team: Team) -> None:
     """Train and evaluate the cells that the leader names, until it has no more."""
-    with interruptible():  # the leader says when to stop
+    with interruptible(silent=True):  # the leader says when to stop
         while (cell := team.told(None)) is not None:
             mine = cell.model_copy(update={"device": team.device(cell.device)})
             train_source = sources.require(mine.dataset, "train", mine.device)
@@ -443,19 +459,21 @@ def follow(sources: Sources, team: Team) -> None:
                 evaluate(algorithm, test, *settings, team=team)
 
 
-def estimate_seconds(cells: list[Cell], sources: Sources) -> dict[str, float]:
+def estimate_seconds(
+    cells: list[Cell], sources: Sources, costs: Costs = "alone"
+) -> dict[str, float]:
     """Roughly how long each cell will take, by its id, from two meta-steps and a few episodes of
     each kind of cell; NaN where these diverge."""
     known: dict[str, float] = {}
     found: dict[str, float] = {}
     for cell in cells:
         if cell.seedless_id not in known:
-            known[cell.seedless_id] = _estimate(cell, sources)
+            known[cell.seedless_id] = _estimate(cell, sources, costs)
         found[cell.id] = known[cell.seedless_id]
     return found
 
 
-def _estimate(cell: Cell, sources: Sources) -> float:
+def _estimate(cell: Cell, sources: Sources, costs: Costs) -> float:
     if not is_here(cell.device):
         raise BenchError(f"--dry-run times a few steps, and there is no {cell.device} here")
     try:
@@ -467,6 +485,6 @@ def _estimate(cell: Cell, sources: Sources) -> float:
     except CellError:  # as it diverges at once, which the run will note
         return math.nan
     episodes = cell.episodes + validations(cell) * cell.val_episodes
-    turns = measure.WARM_UP + measure.REPEATS
+    turns = 0 if costs == "never" else measure.WARM_UP + measure.REPEATS
     measuring = turns * (step + measure.EPISODES * episode)
     return float(cell.iterations * step + episodes * episode + measuring)

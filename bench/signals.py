@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+STDERR = 2
+HEARD = b"\nstopping at the next safe point; once more stops at once\n"
 
 
 class Interrupted:
@@ -21,15 +24,19 @@ class Interrupted:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupted]:
-    """Turn the first Ctrl-C (or SIGTERM) into a question that the work asks itself; a second one
-    stops at once."""
+def interruptible(silent: bool = False) -> Iterator[Interrupted]:
+    """Turn the first Ctrl-C (or SIGTERM) into a question that the work asks itself, and say on
+    stderr that it was heard unless ``silent``; a second one stops at once."""
     interrupted = Interrupted()
 
     def note(number: int, frame: FrameType | None) -> None:
         if interrupted.asked:
             raise KeyboardInterrupt
         interrupted.asked = True
+        if not silent:
+            # Past Python's files, one of which the interrupted code may be writing to just now.
+            with suppress(OSError):
+                os.write(STDERR, HEARD)
 
     before = {number: signal.signal(number, note) for number in STOPPING}
     try:

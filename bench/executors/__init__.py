@@ -5,8 +5,6 @@ One file each, imported when asked for, since Ray and submitit are extras.
 
 from __future__ import annotations
 
-from typing import Any
-
 from bench.errors import BenchError
 from bench.executors.base import (
     Began,
@@ -51,7 +49,6 @@ def hire(
     gpus: float | None = None,
     memory_gib: float | None = None,
     cell_timeout: float | None = None,
-    measure_beside_work: bool = False,
 ) -> Crew | None:
     """The crew that was asked for; None where cells are trained in this process.
 
@@ -62,7 +59,6 @@ def hire(
         address: of a Ray cluster.
         cpus, gpus, memory_gib: what a cell needs.
         cell_timeout: seconds after which a cell has failed.
-        measure_beside_work: measure cells while others are trained.
 
     Raises:
         BenchError: what does not go together, or a package that is not there.
@@ -73,7 +69,6 @@ def hire(
         "--address": (address, ("ray",)),
         "--cell-gpus": (gpus, ("ray", "slurm")),
         "--cell-memory": (memory_gib, ("ray", "slurm")),
-        "--measure-beside-work": (measure_beside_work or None, EXECUTORS),
     }
     for option, limit in (("--cell-timeout", cell_timeout), ("--cell-memory", memory_gib)):
         if limit is not None and not 0 < limit < MOST:
@@ -83,25 +78,21 @@ def hire(
             raise BenchError(f"{option} is for --executor {' and '.join(able)}")
     memory = None if memory_gib is None else int(memory_gib * GIB)
     needs = Needs(cpus, 1 if gpus is None else gpus, memory)
-    terms: dict[str, Any] = {
-        "cell_timeout": cell_timeout,
-        "measure_beside_work": measure_beside_work,
-    }
     if executor is None:
         return None
     if executor == "local":
         from bench.executors.local import Local
 
-        return Local(jobs, needs, **terms)
+        return Local(jobs, needs, cell_timeout=cell_timeout)
     try:
         if executor == "ray":
             from bench.executors.ray import Ray
 
-            return Ray(jobs, needs, address=address, **terms)
+            return Ray(jobs, needs, address=address, cell_timeout=cell_timeout)
         if executor == "slurm":
             from bench.executors.slurm import Slurm
 
-            return Slurm(jobs, needs, **terms)
+            return Slurm(jobs, needs, cell_timeout=cell_timeout)
     except ModuleNotFoundError as error:
         raise BenchError(
             f"--executor {executor} needs {error.name}, which is not installed: "

@@ -117,7 +117,6 @@ class Crew(ABC):
         jobs: how many cells at a time; None for as many as there is room for.
         needs: of each.
         cell_timeout: seconds after which a cell has failed; None for no limit.
-        measure_beside_work: measure cells while others are trained.
     """
 
     name: ClassVar[str]
@@ -129,12 +128,10 @@ class Crew(ABC):
         jobs: int | None,
         needs: Needs,
         cell_timeout: float | None = None,
-        measure_beside_work: bool = False,
     ) -> None:
         self.jobs = jobs
         self.needs = needs
         self.cell_timeout = cell_timeout
-        self.measure_beside_work = measure_beside_work
 
     def check(self, cells: Sequence[Cell]) -> None:  # noqa: B027 - most can take any
         """Raise :class:`bench.errors.BenchError` for cells that it has no room for."""

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -8,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from bench import measure
+from bench import measure, runner
 from bench.cli import main
 from bench.progress import summary_table
 from bench.store import SUMMARY_COLUMNS, Run
@@ -290,8 +292,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     while not list(cells.glob(".*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(stop)
-    out, _ = process.communicate()
+    out, err = process.communicate()
     assert process.returncode == 130
+    assert "stopping at the next safe point; once more stops at once" in err
     assert "the same command goes on from here" in out
     assert not Run(tmp_path / "cut").records()
     assert bench(*arguments, "--out", "cut")[0] == 0
@@ -301,6 +304,61 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         runs = (undisturbed, tmp_path / "cut")
         files = [run / "cells" / whole.cell.id / name for run in runs]
         assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_that_is_interrupted_while_it_measures_has_only_that_to_do_again(
+    bench, tmp_path: Path
+) -> None:
+    arguments = ("run", "--algos", "maml", *QUICK, "--out", "cut")
+    process = start(*arguments, cwd=tmp_path)
+    cells = tmp_path / "cut" / "cells"
+    deadline = time.monotonic() + 240
+    while not (trained := list(cells.glob(".*/trained.json"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 130
+    assert "the same command goes on from here" in out
+    figures = json.loads(trained[0].read_text())["figures"]
+    assert bench(*arguments)[0] == 0
+    (record,) = Run(tmp_path / "cut").records()
+    assert record.figures["train_seconds"] == figures["train_seconds"]
+    assert record.figures["step_ms"] > 0
+
+
+def test_what_interrupts_a_run_once_all_is_done_takes_nothing_from_it(
+    bench, tmp_path: Path, monkeypatch
+) -> None:
+    complete = runner._complete
+
+    def late(*arguments: Any) -> None:
+        complete(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runner, "_complete", late)
+    status, out, _ = bench("run", "--algos", "maml", *QUICK, "--out", "r")
+    assert status == 0
+    assert (tmp_path / "r" / "figures" / "accuracy.png").exists()
+    assert "interrupted" not in out
+    # With cells to come it ends the run before the next of them.
+    status, out, _ = bench("run", "--algos", "maml", *QUICK, "--shots", "2,3", "--out", "r")
+    assert status == 130
+    assert len(Run(tmp_path / "r").records()) == 2
+
+
+def test_costs_may_be_left_out(bench, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "measure", None)
+    arguments = ("run", "--algos", "maml,reptile", *QUICK, "--out", "r")
+    status, out, _ = bench(*arguments, "--costs", "never")
+    assert status == 0
+    assert "not measured" not in out
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv")
+    assert set(summary["status"]) == {"complete"}
+    assert summary[["step_ms", "peak_memory_bytes"]].isna().all(axis=None)
+    assert not list(tmp_path.rglob("performance.parquet"))
+    assert bench("report", "r")[0] == 0
+    assert bench("compare", "r")[0] == 0
+    assert bench("check", "r", "--baseline", "r")[0] == 0
 
 
 @pytest.mark.parametrize(

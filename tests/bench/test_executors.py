@@ -221,12 +221,13 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_cells_are_measured_in_their_groups_once_all_are_trained_unless_asked_for_earlier(
     bench, tmp_path: Path, measured, monkeypatch, beside: bool
 ) -> None:
-    crew = Here(None, Needs(), measure_beside_work=beside)
+    asked = ("--costs", "beside") if beside else ()
+    crew = Here(None, Needs())
     monkeypatch.setattr("bench.executors.hire", lambda *_, **__: crew)
     before: list[int] = []
     submit = crew.events
     monkeypatch.setattr(crew, "events", lambda s: (before.append(len(measured)), submit(s))[1])
-    status, out, _ = bench(*ASKED, "maml,raising,fomaml,reptile", "--shots", "1,2")
+    status, out, _ = bench(*ASKED, "maml,raising,fomaml,reptile", "--shots", "1,2", *asked)
     assert status == 1
     assert crew.ended
     # Neither what failed in training nor what cannot be measured keeps the others from it.
@@ -277,7 +278,7 @@ def test_what_a_store_of_objects_holds_is_not_copied_either() -> None:
     [
         (("--address", "head:6379"), "--address is for --executor ray"),
         (("--cell-gpus", "0.5", "--jobs", "2"), "--cell-gpus is for --executor ray and slurm"),
-        (("--measure-beside-work",), "--measure-beside-work is for --executor local and ray"),
+        (("--costs", "beside"), "--costs beside is for --jobs and --executor"),
         (("--jobs", "0"), "--jobs"),
         (("--executor", "cloud"), "'cloud' is not one of"),
         (("--executor", "ray"), "--executor ray needs ray, which is not installed: pip install"),

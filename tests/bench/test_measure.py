@@ -234,6 +234,23 @@ def test_what_is_meant_for_the_run_does_not_reach_a_measuring_process(cell: Cell
         assert measure._ask(subject, "threads") == torch.get_num_threads()
 
 
+def test_who_measures_is_told_how_far_it_is(cell: Cell, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "_subject", measured_here)
+    parts: list[tuple[int, int]] = []
+    measure.measure([cell, cell], plugin=TINY, told=lambda *part: parts.append(part))
+    total = parts[0][1]
+    assert parts == [(done, total) for done in range(1, total + 1)]
+
+
+def test_who_is_interrupted_waits_for_no_answer_and_leaves_no_process(
+    cell: Cell, monkeypatch
+) -> None:
+    monkeypatch.setattr(measure, "LOOK_SECONDS", 0.01)
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure([cell, cell], plugin=TINY, interrupted=lambda: True)
+    assert not multiprocessing.active_children()
+
+
 def test_other_source_is_not_measured_for_the_runs(cell: Cell) -> None:
     with pytest.raises(SourceChangedError):
         measure.measure([cell], plugin=TINY, source="what it was")

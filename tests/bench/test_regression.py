@@ -154,13 +154,20 @@ def test_growth_of_known_samples_is_their_ratio_and_covers_it() -> None:
     assert (exact.estimate, exact.low, exact.high) == pytest.approx((2, 2, 2))
 
 
-def test_cells_without_a_counterpart_are_named(tmp_path: Path) -> None:
+def test_cells_without_a_counterpart_are_named_and_those_of_the_baseline_a_regression(
+    tmp_path: Path,
+) -> None:
     for name in ("old", "new"):
         put(tmp_path / name, cell_of(), BASE)
     put(tmp_path / "old", cell_of("anil"), BASE)
     put(tmp_path / "new", cell_of("fomaml"), BASE)
     found = check(tmp_path / "new", tmp_path / "old")
-    assert not found.regressed
+    assert found.regressed
+    assert found.conclusion == "regression: 1 cells of the baseline are not here"
+    foreseen = check(tmp_path / "new", tmp_path / "old", allow_missing=True)
+    assert not foreseen.regressed
+    assert foreseen.conclusion.endswith("1 cells of the baseline are not here")
+    assert not check(tmp_path / "old", tmp_path / "old").regressed
     notes = "\n".join(found.notes)
     assert f"in {tmp_path / 'old'} alone: anil glyphs 5-way 1-shot seed 0" in notes
     assert f"in {tmp_path / 'new'} alone: fomaml glyphs" in notes
