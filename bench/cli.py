@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,7 +219,8 @@ def run(
     from bench import distributed, runner
     from bench.executors import hire
     from bench.making import Sources
-    from bench.progress import Display, challenge_notes, reuse_notes, summary_table
+    from bench.progress import Display
+    from bench.summary import challenge_notes, reuse_notes, seeds_table, summary_table
 
     sweep = read_sweep(config, {name: value for name, value in given.items() if name in known})
     crew = hire(
@@ -233,7 +235,7 @@ def run(
     load_plugin(trusted(sweep.plugin, plugin))
     cells = sweep.cells()
     sources = Sources(sweep.data_root, sweep.download)
-    console = Console()
+    console = _terminal()
     team = distributed.join()
     if team.rank:
         return runner.follow(sources, team)
@@ -267,7 +269,10 @@ def run(
             console.print(f"interrupted; the same command goes on from here (results in {folder})")
             raise
     mine = summary[summary["cell_id"].isin([cell.id for cell in cells])]
-    console.print(summary_table(mine, varied(cell.row() for cell in cells)))
+    swept = varied(cell.row() for cell in cells)
+    console.print(summary_table(mine, swept, console.width))
+    if (means := seeds_table(mine, swept)) is not None:
+        console.print("", means)
     console.print(f"table: {folder / 'summary.csv'}")
     if (plot := folder / "figures" / "accuracy.png").exists():
         console.print(f"plot:  {plot}")
@@ -276,6 +281,12 @@ def run(
     if (mine["status"] != "complete").any():
         console.print(f"why cells failed: {folder / 'failures.json'}")
         raise typer.Exit(1)
+
+
+def _terminal() -> Console:
+    """Standard output; what is not a terminal, such as a log, has lines of any length."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else 1000)
 
 
 def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) -> None:
@@ -440,7 +451,7 @@ def check(
     if format == "github":
         print(found.markdown())
     else:
-        Console().print(found.table())
+        _terminal().print(found.table())
         print("\n".join([*found.notes, found.rule, found.conclusion]))
     if found.regressed:
         raise typer.Exit(1)
@@ -508,7 +519,7 @@ def reproduce(
     places = {"data_root": data_root, "download": download}
     sweeps = found.sweeps(scale, seeds=seeds, devices=devices, **places)
     sources = Sources(data_root, download)
-    console = Console()
+    console = _terminal()
     folder = out or Path("results") / found.name
     with console.status("reading the data and checking gradients"):
         cells = {name: sweep.cells() for name, sweep in sweeps.items()}
@@ -570,7 +581,7 @@ def list_algorithms() -> None:
     table = Table("algorithm", "what it does")
     for name in algorithms.names():
         table.add_row(name, algorithms.get(name).summary)
-    Console().print(table)
+    _terminal().print(table)
 
 
 @list_app.command("datasets")
@@ -580,7 +591,7 @@ def list_datasets() -> None:
     for name in datasets.names():
         kind = datasets.get(name)
         table.add_row(name, kind.summary, ", ".join(kind.splits))
-    Console().print(table)
+    _terminal().print(table)
 
 
 @list_app.command("settings")
@@ -609,7 +620,7 @@ def list_settings(
     for setting in dict.fromkeys(setting for row in rows.values() for setting in row):
         values = (said(row[setting]) if setting in row else "" for row in rows.values())
         table.add_row(setting, *values)
-    Console().print(table)
+    _terminal().print(table)
 
 
 @list_app.command("recipes")
@@ -622,7 +633,7 @@ def list_recipes() -> None:
     table = Table(name, figure, "ours", "seed on CPU", "on GPU", box=None, padding=(0, 1, 0, 0))
     for row in reproduction.listing():
         table.add_row(*row.values())
-    Console().print(table)
+    _terminal().print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

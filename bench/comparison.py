@@ -23,7 +23,6 @@ from bench.files import write_text
 from bench.measure import STEP
 from bench.overall import Aggregate, Block, Ranks, aggregate, rank, said_p
 from bench.plots import save
-from bench.progress import decimals, reuse_notes
 from bench.rankings import holm
 from bench.reading import read_performance
 from bench.stats import (
@@ -43,8 +42,10 @@ from bench.stats import (
     seeds_to_resolve,
 )
 from bench.store import PERFORMANCE, Record, Run
+from bench.summary import reuse_notes
 from bench.sweep import Cell, labelled, said, varied
 from bench.sweep import names as cell_names
+from bench.wording import decimals
 
 ALPHA = 0.05
 TUNED = frozenset(

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 
 from bench.comparison import Row
-from bench.progress import decimals
 from bench.sweep import SETTING
 from bench.tables import unlike
+from bench.wording import score
 
 MOST_NAMED = 12
 """Entries that a verdict names: a sweep may have hundreds."""
@@ -72,14 +72,6 @@ def task_name(row: pd.Series[Any], leaderboard: pd.DataFrame) -> str:
     shape = "" if row["metric"] == "mse" else f"{row['ways']}-way "
     device = f" on {row['device']}" if leaderboard["device"].nunique() > 1 else ""
     return f"{row['dataset']}, {shape}{row['shots']}-shot{device}"
-
-
-def score(row: pd.Series[Any], half: str) -> str:
-    """Mean and half width with the unit, accuracies in per cent: ``81.3 ± 0.7%``."""
-    scale, unit = (100, "%") if row["metric"] == "accuracy" else (1, "")
-    digits = decimals(row["metric"], row["mean"], row[half])
-    width = "" if pd.isna(row[half]) else f" ± {scale * row[half]:.{digits}f}"
-    return f"{scale * row['mean']:.{digits}f}{width}{unit}"
 
 
 def headline(row: pd.Series[Any]) -> str:

@@ -14,8 +14,8 @@ from bench.errors import printable
 from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
 from bench.plots import OVERS
-from bench.progress import decimals
 from bench.tables import COUNTS, Tables, varying
+from bench.wording import decimals
 
 INTERVALS = (
     "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again (on these "

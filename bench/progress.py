@@ -1,14 +1,11 @@
-"""What a person sees while a sweep runs, and the table at its end."""
+"""What a person sees while a sweep runs."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -20,9 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from bench.store import Record
+from bench.summary import unit_score
 from bench.sweep import Cell, names
 from bench.training import Progress as TrainingProgress
 
@@ -125,7 +122,7 @@ class Display:
         self.bars.advance(self.sweep)
         figures = record.figures
         self.console.print(
-            f"{self.names[record.cell.id]}: {score(figures)}, "
+            f"{self.names[record.cell.id]}: {unit_score(figures)}, "
             f"trained in {figures['train_seconds']:.0f} s"
         )
 
@@ -176,157 +173,3 @@ class Display:
         self.bars.update(self.work, completed=completed, note=note)
         if self._line_is_due():
             self.console.print(f"{self.label} {completed}/{self.total} {note}")
-
-
-SETTINGS = (
-    *("seed", "test_shots", "train_shots", "inner_steps", "eval_steps", "meta_batch"),
-    *("iterations", "episodes", "protocol", "norm", "engine", "precision"),
-    *("device", "source"),
-)
-"""What changes the meaning of a score: shown for each row where it varies, else below."""
-SHARED = ("seed", "test_shots", "iterations", "episodes", "norm", "engine", "device")
-"""Of those that do not vary, the ones that are said; the precision is where it is not float32."""
-
-
-def score(row: pd.Series | dict[str, object]) -> str:
-    """Mean and half-width of an interval, accuracy in per cent."""
-    mean, half = float(row["mean"]), float(row["ci95"])  # type: ignore[arg-type]
-    digits = decimals(str(row["metric"]), mean, half)
-    if row["metric"] == "accuracy":
-        return f"{100 * mean:.{digits}f} ± {100 * half:.{digits}f}%"
-    return f"{row['metric']} {mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def summary_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table:
-    """The summary for a terminal: the settings that all cells share stand below it.
-
-    Args:
-        summary: its rows.
-        swept: settings that tell rows of one algorithm apart, to be shown besides the usual.
-    """
-    settings = [name for name in dict.fromkeys([*SETTINGS, *swept]) if name in summary]
-    # What failed has the settings that it was asked for, such as an engine by rule; the others
-    # have those that ran.
-    complete = summary["status"] == "complete"
-    told = summary[complete] if complete.any() else summary
-    varying = [name for name in settings if _varies(name, told)]
-    rounded = "precision" in told and (told["precision"].dropna() != "float32").any()
-    shared = [
-        f"{name.replace('_', ' ')} {told[name].iloc[0]}"
-        for name in (*SHARED, *(["precision"] if rounded else []), *swept)
-        if told[name].nunique(dropna=False) == 1 and told[name].notna().all()
-    ]
-    notes = ["times: median of the repeats (interquartile range)"]
-    notes += [f"all: {', '.join(shared)}"] if shared else []
-    table = Table(
-        title="± is the 95% interval over test episodes: this trained model on new tasks",
-        caption="\n".join(notes),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-        caption_justify="left",
-    )
-    table.add_column("algorithm", no_wrap=True)
-    table.add_column("episodes of", no_wrap=True)
-    for head in (*varying, "score", "meta-step_ms", "episode_ms", "peak_MiB"):
-        fixed = not head.endswith("_ms")  # a spread may stand below its median
-        table.add_column(head.replace("_", "\n"), justify="right", no_wrap=fixed, overflow="fold")
-    for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():
-        complete = row["status"] == "complete"
-        peak = row["peak_memory_bytes"]
-        table.add_row(
-            row["algorithm"],
-            f"{row['dataset']} {row['ways']}w{row['shots']}s",
-            *("" if pd.isna(row[name]) else str(row[name]) for name in varying),
-            score(row) if complete else f"[red]{came_to_nothing(row)}[/red]",
-            milliseconds(row["step_ms"], row["step_ms_iqr"]),
-            milliseconds(row["eval_ms_per_episode"], row["eval_ms_per_episode_iqr"]),
-            "" if pd.isna(peak) else f"{peak / 2**20:.0f}",
-        )
-    return table
-
-
-def _varies(name: str, summary: pd.DataFrame) -> bool:
-    """Whether rows differ in a setting; training with the shots of the test is the same for all,
-    whatever their number."""
-    if name == "train_shots" and (summary["train_shots"] == summary["shots"]).all():
-        return False
-    return bool(summary[name].nunique(dropna=False) > 1)
-
-
-def came_to_nothing(row: pd.Series | dict[str, object]) -> str:
-    """What to show for the score of a cell that has none."""
-    if row["status"] == "diverged":
-        return f"diverged at {row['diverged_at']:.0f}"
-    return str(row["status"])
-
-
-def reuse_notes(summary: pd.DataFrame) -> list[str]:
-    """A warning for each dataset whose test samples the episodes share."""
-    notes = []
-    reused = summary[(summary["sample_reuse"] > 1) & (summary["status"] == "complete")]
-    for dataset, rows in reused.groupby("dataset"):
-        wider = rows.get("ci95_classes", pd.Series(dtype=float)).dropna()
-        about = (
-            f" (± {100 * wider.min():.1f} to {100 * wider.max():.1f}%: ci95_classes)"
-            if len(wider)
-            else ""
-        )
-        most = rows.sort_values("sample_reuse").iloc[-1]
-        notes.append(
-            f"note:  {most['episodes']} episodes use each of {dataset}'s test samples "
-            f"{most['sample_reuse']:.1f} times, so that these intervals understate the "
-            f"uncertainty about new classes{about}; --protocol disjoint shares none"
-        )
-    return notes
-
-
-PUBLISHED = {"people": 4.5, "BPL": 3.3, "siamese network": 8.0, "convolutional network": 13.5}
-"""Errors in the one-shot challenge, %, as Lake et al. 2015 give them; recalled, not yet checked
-against the paper."""
-
-
-def challenge_notes(summary: pd.DataFrame) -> list[str]:
-    """Errors in Omniglot's one-shot challenge, ours beside the published ones."""
-    ours = summary[(summary["protocol"] == "lake") & (summary["status"] == "complete")]
-    if ours.empty:
-        return []
-    errors = ", ".join(
-        f"{row['algorithm']} {100 * (1 - row['mean']):.1f} ± {100 * row['ci95']:.1f}% "
-        f"(seed {row['seed']}, norm {'none' if pd.isna(row['norm']) else row['norm']})"
-        for _, row in ours.iterrows()
-    )
-    published = ", ".join(f"{name} {error}%" for name, error in PUBLISHED.items())
-    note = (
-        f"note:  errors over {ours['episodes'].iloc[0]} runs: {errors}; Lake et al. 2015 "
-        f"(recalled): {published}"
-    )
-    if (ours["norm"] == "transductive").any():
-        note += "; they classify one drawing at a time, which norm transductive does not"
-    return [note]
-
-
-def decimals(metric: str, *values: float) -> int:
-    """Decimals to write scores with, the last of which is half of an interval: of accuracies, in
-    per cent, one, or as many as show a digit of that; of an error three, or as many as show two
-    digits of each of the values."""
-    if metric == "accuracy":
-        return digits_of(100 * values[-1], 1, shown=1)
-    return max(digits_of(value, 3) for value in values)
-
-
-def digits_of(value: float, least: int, shown: int = 2) -> int:
-    """Decimals to write a number with: ``least``, or as many as show so many of its digits."""
-    if not value or not math.isfinite(value):
-        return least
-    return min(max(least, shown - 1 - math.floor(math.log10(abs(value)))), 15)
-
-
-def milliseconds(value: float, spread: float) -> str:
-    """A time with its spread, to three digits of it: ``69.3 (4.1)``; nothing for what was not
-    measured."""
-    if pd.isna(value):
-        return ""
-    digits = min(digits_of(value, 0, shown=3), 2) if value > 0 else 2
-    return f"{value:.{digits}f}" + ("" if pd.isna(spread) else f" ({spread:.{digits}f})")

@@ -38,11 +38,11 @@ from bench.findings import Task
 from bench.measure import GROWTH_TASKS
 from bench.paper import plain
 from bench.plots import COSTS
-from bench.progress import decimals, digits_of
 from bench.reading import read_json
 from bench.store import Run
 from bench.sweep import SETTING, Cell, Sweep
 from bench.tables import FAIRNESS, Tables
+from bench.wording import decimals, digits_of
 
 MOST_PAIRED = 25
 """Entries of a task, best first, whose differences the page shows: those of a hundred are five

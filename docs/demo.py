@@ -21,8 +21,8 @@ from rich.console import Console
 from bench import comparison, report
 from bench.files import filled
 from bench.plots import draw_all
-from bench.progress import summary_table
 from bench.store import Run
+from bench.summary import summary_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

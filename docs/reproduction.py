@@ -13,7 +13,7 @@ import pandas as pd
 
 from bench import reproduction
 from bench.files import filled
-from bench.progress import PUBLISHED
+from bench.summary import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARISON = ROOT / "results" / "comparison"

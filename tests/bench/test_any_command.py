@@ -44,7 +44,7 @@ def test_any_command_ends_well_or_in_one_line(
     words: list[str],
 ) -> None:
     # All but the training itself: that of a second would be fine, but not that of an hour.
-    monkeypatch.setattr("bench.runner.estimate_seconds", lambda cells, _: {c.id: 0 for c in cells})
+    monkeypatch.setattr("bench.runner.estimate_seconds", lambda cells, *_: {c.id: 0 for c in cells})
     monkeypatch.setattr("bench.search.run", lambda *_: [])
     monkeypatch.setattr("bench.reproduction.read", _no_recipe)
     monkeypatch.setenv("BENCH_DATA", str(tmp_path))

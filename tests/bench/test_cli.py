@@ -1,6 +1,5 @@
 """The command line as a user meets it."""
 
-import io
 import json
 import os
 import re
@@ -13,11 +12,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from bench import measure, runner
 from bench.cli import main
-from bench.progress import summary_table
 from bench.store import SUMMARY_COLUMNS, Run
 from bench.sweep import Sweep, said
 from tests.bench.conftest import QUICK, TINY, measured_here
@@ -87,27 +84,6 @@ def test_a_swept_hyperparameter_tells_rows_apart_everywhere(bench, tmp_path: Pat
         for cell in run.cell_ids()
     ]
     assert len(set(sessions)) == 2
-
-
-def test_the_table_shows_what_is_unlike_in_80_columns() -> None:
-    settings = {"dataset": "glyphs", "ways": 5, "shots": 1, "seed": 0, "test_shots": 5}
-    settings |= {"meta_batch": 4, "iterations": 150, "episodes": 200, "protocol": "independent"}
-    settings |= {"norm": "transductive", "engine": "batched", "device": "cpu"}
-    scored = {"status": "complete", "metric": "accuracy", "mean": 0.666, "ci95": 0.017}
-    costs = {"step_ms": 1186.6, "step_ms_iqr": 84.4, "eval_ms_per_episode": 6.03}
-    costs |= {"eval_ms_per_episode_iqr": 0.456, "peak_memory_bytes": 118 * 2**20}
-    rows = [
-        settings | scored | costs | {"algorithm": name, "train_shots": shots}
-        for name, shots in (("maml", 1), ("reptile", 10))
-    ]
-    own = {"inner_steps": [1, 5], "eval_steps": [3, 5]}
-    printed = io.StringIO()
-    summary = pd.DataFrame(rows).assign(**own)
-    Console(file=printed, width=80).print(summary_table(summary))
-    lines = [" ".join(line.split()) for line in printed.getvalue().splitlines()]
-    assert "maml glyphs 5w1s 1 1 3 66.6 ± 1.7% 1187 (84) 6.03 (0.46) 118" in lines
-    assert "reptile glyphs 5w1s 10 5 5 66.6 ± 1.7% 1187 (84) 6.03 (0.46) 118" in lines
-    assert "algorithm episodes of shots steps steps score ms ms MiB" in lines
 
 
 @pytest.mark.parametrize(("precision", "said"), [("bf16", True), ("float32", False)])

@@ -17,7 +17,6 @@ from scipy import stats
 
 from bench import findings, paper, report, tables
 from bench.failures import lost, scoreless
-from bench.progress import decimals, score
 from bench.store import SCORES, Run
 from tests.bench.conftest import QUICK
 from tests.bench.made_up import EPISODES, LEVELS, NASTY, add, cell_of, nasty
@@ -190,7 +189,7 @@ def test_the_command_comes_to_the_same_cells(bench, tmp_path: Path, monkeypatch)
     assert sweep is not None
     asked: list[str] = []
     monkeypatch.setattr("bench.runner.check", lambda cells, *_: asked.extend(c.id for c in cells))
-    monkeypatch.setattr("bench.runner.estimate_seconds", lambda cells, _: dict.fromkeys(asked, 0))
+    monkeypatch.setattr("bench.runner.estimate_seconds", lambda cells, *_: dict.fromkeys(asked, 0))
     words = shlex.split(report.reproduction(sweep))
     assert bench(*words[3:], "--dry-run")[0] == 0
     assert asked == [cell.id for cell in sweep.cells()]
@@ -265,17 +264,6 @@ def test_what_failed_makes_no_settings_unlike(run: Run) -> None:
     board = tables.read(run).leaderboard
     assert "engine" not in tables.varying(board)
     assert not any("engine" in names for names in tables.unlike(board).values())
-
-
-def test_small_errors_are_not_rounded_away(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.cells.mkdir(parents=True)
-    figures = {"mean": 2e-4, "ci95": 3e-5}
-    add(run, cell_of("maml", dataset="sinusoid"), "mse", 2e-4, **figures)
-    row = run.summary().iloc[0]
-    assert score(row) == "mse 0.000200 ± 0.000030"
-    assert score({"metric": "accuracy", "mean": 0.5, "ci95": 0.01}) == "50.0 ± 1.0%"
-    assert (decimals("mse", 0.327, 0.033), decimals("mse", 0.0, float("nan"))) == (3, 3)
 
 
 def test_latex_escapes() -> None:
