@@ -185,8 +185,8 @@ class BatchedInnerLoop(InnerLoop):
         finally:
             for hook in hooks:
                 hook.remove()
+        self._check_reach(self.norm.model, tasks)
         if not (faithful and alike(training[:1], by_itself[:1])):
-            self._check_reach(self.norm.model, tasks)
             raise UnsupportedError(
                 "the model's forward mixes the samples of a batch outside batch normalisation, or "
                 "looks at the types of its modules"

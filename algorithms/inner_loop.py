@@ -142,6 +142,19 @@ class Tasks:
             )
 
 
+def leaves(outputs: Tensor) -> Iterator[Tensor]:
+    """The tensors that the gradient of a result reaches and that were not computed."""
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting += [before for before, _ in node.next_functions]
+
+
 class InnerLoop(ABC):
     """Adapts tasks, and scores what came of it.
 
@@ -259,20 +272,20 @@ class InnerLoop(ABC):
 
     def _check_reach(self, model: nn.Module, tasks: Tasks) -> None:
         """See that the model, as this engine runs it, computes with the weights that it is given,
-        and not with its own."""
-        own = {name: value for name, value in self.parameters.items() if value.requires_grad}
+        and with no others: neither with its own nor with such as none of its modules has."""
         with undisturbed(model), torch.enable_grad():
             self.train(False)
             outputs = self.forward(self.initial(1, create_graph=False), tasks.support_inputs[:1])
-            if not outputs.requires_grad:
-                return
-            found = torch.autograd.grad(outputs.sum(), list(own.values()), allow_unused=True)
-        for name, gradient in zip(own, found, strict=True):
-            if gradient is not None:
-                raise ModelError(
-                    f"the model's forward reaches {name} past its modules, as by a Python list or "
-                    "a closure, where it cannot adapt; put them in nn.ModuleList, or use attributes"
-                )
+        # What is given is no parameter.
+        past = {id(leaf): leaf for leaf in leaves(outputs) if isinstance(leaf, nn.Parameter)}
+        if past:
+            names = [name for name, value in self.parameters.items() if id(value) in past]
+            shapes = [f"a parameter {tuple(leaf.shape)} of none of them" for leaf in past.values()]
+            raise ModelError(
+                f"the model's forward reaches {[*names, *shapes][0]} past its modules, as by a "
+                "Python list or a closure, where it cannot adapt; put them in nn.ModuleList, or "
+                "use attributes"
+            )
 
     @torch.no_grad()
     def _faithful(self, model: nn.Module, sets: Tensor) -> bool:
@@ -359,8 +372,8 @@ class HigherInnerLoop(InnerLoop):
             yield fast
 
     def _vet(self, tasks: Tasks) -> None:
+        self._check_reach(self._functional, tasks)
         if not self._faithful(self._functional, tasks.support_inputs[:1]):
-            self._check_reach(self._functional, tasks)
             raise ModelError(
                 "the model's forward gives something else in the inner loop than by itself; does "
                 "it look at the types of its modules?"

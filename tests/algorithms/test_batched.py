@@ -369,22 +369,24 @@ class Listed(nn.Module):
         self.how = how
         self.body = [self.a, self.b]
         self.close = lambda x: self.b(self.a(x))
+        self.unregistered = [nn.Linear(4, 4).double()] if how == "unregistered" else [nn.Identity()]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "closure":
             return self.head(self.close(x))
         for layer in self.body if self.how == "list" else (self.a, self.b):
             x = layer(x).tanh()
-        return self.head(x)
+        return self.head(self.unregistered[0](x))
 
 
 @pytest.mark.parametrize("engine", ["auto", "higher", "batched"])
 def test_layers_that_could_not_adapt_are_named(engine: str) -> None:
     batch = make_batch((4,))
-    for how in ("list", "closure"):
+    reached = {"list": r"a\.weight", "closure": r"a\.weight", "unregistered": r"a parameter \(4"}
+    for how, name in reached.items():
         algorithm = algorithms.create("fomaml", Listed(how).double(), engine=engine)
         for compute in (algorithm.meta_backward, algorithm.evaluate):
-            with pytest.raises(algorithms.AlgorithmError, match=r"reaches a\.weight past"):
+            with pytest.raises(algorithms.AlgorithmError, match=f"reaches {name}.* past"):
                 compute(batch)
     algorithms.create("fomaml", Listed("attributes").double(), engine=engine).meta_backward(batch)
 
