@@ -21,6 +21,7 @@ from rich.table import Column, Table
 import algorithms
 import datasets
 from algorithms import AlgorithmError
+from algorithms.models import MODELS
 from bench.errors import BenchError, RunError, printable
 from bench.plugins import load_plugin, trusted
 from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, said, varied
@@ -67,6 +68,19 @@ def _execution(help: str, **limits: Any) -> Any:
     return typer.Option(help=help, rich_help_panel=EXECUTION, show_default=False, **limits)
 
 
+# Options that commands share.
+WAYS = _axis("Classes an episode. Default: 5.")
+SHOTS = _axis("Support samples a class. Default: 1.")
+DEVICES = _axis("cpu, cuda:0, mps. Default: the best there is.")
+DATA_ROOT = _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
+DOWNLOAD = typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
+CONFIG = _place("TOML file with settings; options come before it.")
+PLUGIN = _place("Python file that registers algorithms or datasets.")
+ACCEPT_CHANGED_CODE = typer.Option(
+    "--accept-changed-code",
+    help="Put new cells beside such as different source made.",
+    rich_help_panel=PLACES,
+)
 RETRY_FAILED = typer.Option(
     "--retry-failed", help="Do again what failed before; else it is left as it is."
 )
@@ -84,10 +98,10 @@ def run(
     datasets: Annotated[
         str | None, _axis("Datasets; see 'list datasets'. Default: glyphs.")
     ] = None,
-    ways: Annotated[str | None, _axis("Classes an episode. Default: 5.")] = None,
-    shots: Annotated[str | None, _axis("Support samples a class. Default: 1.")] = None,
+    ways: Annotated[str | None, WAYS] = None,
+    shots: Annotated[str | None, SHOTS] = None,
     seeds: Annotated[str | None, _axis("Seeds of training. Default: 0.")] = None,
-    devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
+    devices: Annotated[str | None, DEVICES] = None,
     set: Annotated[
         list[str] | None,
         typer.Option(
@@ -130,9 +144,7 @@ def run(
             rich_help_panel=TRAINING,
         ),
     ] = False,
-    model: Annotated[
-        str | None, _training("Network: conv4, conv4_mean, conv4_pool, conv4_leaky, fc or mlp.")
-    ] = None,
+    model: Annotated[str | None, _training(f"Network: {', '.join(MODELS)}.")] = None,
     test_shots: Annotated[str | None, _evaluation("Query samples a class.")] = None,
     eval_steps: Annotated[str | None, _evaluation("Inner steps of an evaluation.")] = None,
     episodes: Annotated[str | None, _evaluation("Test episodes.")] = None,
@@ -144,29 +156,14 @@ def run(
             "lake: Omniglot's own 20 runs."
         ),
     ] = None,
-    data_root: Annotated[
-        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
-    ] = False,
-    config: Annotated[
-        Path | None, _place("TOML file with settings; options come before it.")
-    ] = None,
-    plugin: Annotated[
-        Path | None, _place("Python file that registers algorithms or datasets.")
-    ] = None,
+    data_root: Annotated[Path | None, DATA_ROOT] = None,
+    download: Annotated[bool, DOWNLOAD] = False,
+    config: Annotated[Path | None, CONFIG] = None,
+    plugin: Annotated[Path | None, PLUGIN] = None,
     out: Annotated[
         Path | None, _place("The run's folder. Default: results/ and a hash of what is asked.")
     ] = None,
-    accept_changed_code: Annotated[
-        bool,
-        typer.Option(
-            "--accept-changed-code",
-            help="Put new cells beside such as different source made.",
-            rich_help_panel=PLACES,
-        ),
-    ] = False,
+    accept_changed_code: Annotated[bool, ACCEPT_CHANGED_CODE] = False,
     executor: Annotated[
         Literal["local", "ray", "slurm"] | None,
         _execution(
@@ -318,28 +315,20 @@ def search(
     algos: Annotated[str, _axis("Algorithms, each searched for itself, with as many trials.")],
     trials: Annotated[int, typer.Option(min=1, help="Trials of each algorithm.")] = 20,
     datasets: Annotated[str | None, _axis("The dataset. Default: glyphs.")] = None,
-    ways: Annotated[str | None, _axis("Classes an episode. Default: 5.")] = None,
-    shots: Annotated[str | None, _axis("Support samples a class. Default: 1.")] = None,
+    ways: Annotated[str | None, WAYS] = None,
+    shots: Annotated[str | None, SHOTS] = None,
     seeds: Annotated[str | None, _axis("The seed of training and search. Default: 0.")] = None,
-    devices: Annotated[str | None, _axis("cpu, cuda:0, mps. Default: the best there is.")] = None,
+    devices: Annotated[str | None, DEVICES] = None,
     set: Annotated[
         list[str] | None,
         typer.Option(
             help="One of 'list settings' that is held fixed; repeatable.", metavar="NAME=VALUE"
         ),
     ] = None,
-    data_root: Annotated[
-        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
-    ] = False,
-    config: Annotated[
-        Path | None, _place("TOML file with settings; options come before it.")
-    ] = None,
-    plugin: Annotated[
-        Path | None, _place("Python file that registers algorithms or datasets.")
-    ] = None,
+    data_root: Annotated[Path | None, DATA_ROOT] = None,
+    download: Annotated[bool, DOWNLOAD] = False,
+    config: Annotated[Path | None, CONFIG] = None,
+    plugin: Annotated[Path | None, PLUGIN] = None,
     out: Annotated[
         Path | None, _place("The search's folder. Default: results/ and a hash of what is asked.")
     ] = None,
@@ -483,26 +472,15 @@ def reproduce(
     ] = 1.0,
     seeds: Annotated[str | None, _axis("Seeds of training. Default: the recipe's.")] = None,
     devices: Annotated[str | None, _axis("Default: the best there is.")] = None,
-    data_root: Annotated[
-        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch missing data.", rich_help_panel=PLACES)
-    ] = False,
+    data_root: Annotated[Path | None, DATA_ROOT] = None,
+    download: Annotated[bool, DOWNLOAD] = False,
     out: Annotated[
         Path | None, _place("The run's folder. Default: results/ and the recipe's name.")
     ] = None,
     keep: Annotated[
         Path | None, _place("Folder to note the outcome in; this project's: results/reference.")
     ] = None,
-    accept_changed_code: Annotated[
-        bool,
-        typer.Option(
-            "--accept-changed-code",
-            help="Put new cells beside such as different source made.",
-            rich_help_panel=PLACES,
-        ),
-    ] = False,
+    accept_changed_code: Annotated[bool, ACCEPT_CHANGED_CODE] = False,
     retry_failed: Annotated[bool, RETRY_FAILED] = False,
 ) -> None:
     """Obtain a published result: train as its paper did, and hold ours against theirs.
@@ -549,9 +527,7 @@ def reproduce(
 
 @app.command(epilog="Exit status: 1 where something that the main job needs is wrong, else 0.")
 def doctor(
-    data_root: Annotated[
-        Path | None, _place("Folder of the data sets. Default: $BENCH_DATA, else a cache folder.")
-    ] = None,
+    data_root: Annotated[Path | None, DATA_ROOT] = None,
 ) -> None:
     """Say what this machine has, which data sets are there, and whether the engines agree on it.
 
@@ -576,8 +552,9 @@ app.add_typer(list_app, name="list")
 
 
 @list_app.command("algorithms")
-def list_algorithms() -> None:
+def list_algorithms(plugin: Annotated[Path | None, PLUGIN] = None) -> None:
     """The algorithms, and what each does."""
+    load_plugin(plugin)
     table = Table("algorithm", "what it does")
     for name in algorithms.names():
         table.add_row(name, algorithms.get(name).summary)
@@ -585,8 +562,9 @@ def list_algorithms() -> None:
 
 
 @list_app.command("datasets")
-def list_datasets() -> None:
+def list_datasets(plugin: Annotated[Path | None, PLUGIN] = None) -> None:
     """The datasets, and their splits."""
+    load_plugin(plugin)
     table = Table("dataset", "what it is", "splits")
     for name in datasets.names():
         kind = datasets.get(name)
@@ -602,9 +580,7 @@ def list_settings(
     dataset: Annotated[
         str, typer.Option(help="The dataset; an algorithm has settings that suit each.")
     ] = "glyphs",
-    plugin: Annotated[
-        Path | None, _place("Python file that registers algorithms or datasets.")
-    ] = None,
+    plugin: Annotated[Path | None, PLUGIN] = None,
 ) -> None:
     """Every setting of algorithms, and what it is unless it is said otherwise.
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, CellError, DivergedError, RunError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+PLUGIN = "bench_plugin_"
+"""What the names of plug-ins' modules begin with."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,19 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, CellError | BenchError):
         return Failure(str(error), str(error))
     line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    line = f"{line} ({place_of(error)})"
     return Failure(line, "".join(traceback.format_exception(error)), unforeseen=True)
+
+
+def place_of(error: BaseException) -> str:
+    """Where something was raised, ``mine.py:12``: in a plug-in, if that had a part in it, else in
+    what is not an installed package."""
+    walked = traceback.walk_tb(error.__traceback__)
+    frames = [(f.f_globals.get("__name__", ""), f.f_code.co_filename, line) for f, line in walked]
+    mine = [frame for frame in frames if frame[0].startswith(PLUGIN)]
+    not_installed = [frame for frame in frames if "site-packages" not in frame[1]]
+    _, path, line = (mine or not_installed or frames)[-1]
+    return f"{Path(path).name}:{line}"
 
 
 def lost(row: pd.Series[Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import algorithms
 import datasets
 from bench.errors import BenchError
+from bench.failures import PLUGIN, failure_of
 
 
 def trusted(named: Path | None, asked: Path | None) -> Path | None:
@@ -42,7 +43,7 @@ def load_plugin(path: Path | None) -> None:
     if path is None:
         return
     algorithms.names(), datasets.names()  # first, so that no plug-in passes for one of them
-    spec = importlib.util.spec_from_file_location(f"bench_plugin_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{PLUGIN}{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise BenchError(f"--plugin: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
@@ -50,4 +51,4 @@ def load_plugin(path: Path | None) -> None:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise BenchError(f"--plugin: {path} fails: {type(error).__name__}: {error}") from error
+        raise BenchError(f"--plugin: {path} fails: {failure_of(error).line}") from error

@@ -220,7 +220,8 @@ def test_an_algorithm_that_fails_when_it_is_tried_out_is_named(bench, tmp_path: 
     asked = ("run", *QUICK, "--plugin", str(plugin), "--algos", "unfinished", "--out", "r")
     status, _, err = bench(*asked)
     assert (status, err.count("\n")) == (2, 1)
-    assert "KeyError: 'no such key', when unfinished tiny 5-way 1-shot seed 0 was tried out" in err
+    tried = "when unfinished tiny 5-way 1-shot seed 0 was tried out"
+    assert f"KeyError: 'no such key' (plugin.py:6), {tried}" in err
     assert not (tmp_path / "r").exists()
 
 
