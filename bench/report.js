@@ -60,7 +60,7 @@ function filterable(table, form, status) {
     for (const row of rows) {
       row.hidden = [...form.elements].some((control) =>
         control.type === "search"
-          ? !row.cells[0].textContent.toLowerCase().includes(control.value.trim().toLowerCase())
+          ? !row.cells[0].dataset.sort.toLowerCase().includes(control.value.trim().toLowerCase())
           : control.value !== "" && row.dataset[control.name] !== control.value,
       );
     }
@@ -86,24 +86,21 @@ function scores(entries, task) {
   const scored = entries.filter((entry) => entry.mean !== null).reverse();
   const names = scored.map((entry) => plain(entry.label));
   const means = scored.map((entry) => entry.mean);
-  const bar = (key, thickness, width, color) => ({
-    array: scored.map((entry) => entry[key] ?? 0), thickness, width, color,
-  });
-  const points = { x: means, y: names, type: "scatter", mode: "markers" };
+  const points = { x: means, y: names, type: "scatter", mode: "markers", showlegend: false };
+  const bars = (key, look) => {
+    const known = scored.filter((entry) => entry[key] !== null);
+    return {
+      ...points, hoverinfo: "skip", marker: { opacity: 0 },
+      x: known.map((entry) => entry.mean), y: known.map((entry) => plain(entry.label)),
+      error_x: { array: known.map((entry) => entry[key]), ...look },
+    };
+  };
   return {
     traces: [
+      bars("ci_episodes", { thickness: 7, width: 0, color: theme("--bar") }),
+      bars("ci_seeds", { thickness: 1.4, width: 5, color: theme("--ink") }),
       {
-        ...points, showlegend: false, hoverinfo: "skip",
-        marker: { color: theme("--bar"), size: 7, symbol: "line-ew" },
-        error_x: bar("ci_episodes", 7, 0, theme("--bar")),
-      },
-      {
-        ...points, showlegend: false, hoverinfo: "skip",
-        marker: { color: theme("--ink"), size: 1 },
-        error_x: bar("ci_seeds", 1.4, 5, theme("--ink")),
-      },
-      {
-        ...points, showlegend: false,
+        ...points,
         marker: {
           color: scored.map(colour), symbol: scored.map(symbol), size: 11,
           line: { color: theme("--panel"), width: 1.5 },
@@ -113,7 +110,7 @@ function scores(entries, task) {
       },
     ],
     x: { title: task.axis },
-    y: { type: "category", automargin: true, showgrid: false },
+    y: { type: "category", categoryarray: names, automargin: true, showgrid: false },
     height: 90 + 36 * scored.length,
     chance: { along: "x", value: task.chance },
     columns: ["algorithm", task.axis, "± over seeds", "seeds", "± over episodes", "episodes"],
@@ -141,6 +138,7 @@ function lines(entries, points, x) {
       {
         x: along, y: mine.map((point) => point.mean), name: plain(entry.label),
         type: "scatter", mode: few ? "lines+markers" : "lines", legendgroup: entry.label,
+        cliponaxis: false,
         line: { color: colour(entry), dash: dash(entry), width: 2 },
         marker: { color: colour(entry), symbol: symbol(entry), size: 8 },
         hovertemplate: "%{fullData.name}: %{y:.4g} at %{x:.4g}<extra></extra>",
@@ -182,7 +180,7 @@ function sensitivity(entries, task) {
   return {
     traces,
     x: { title, type: kind, ...ticks },
-    y: { title: task.axis, range: within(points) },
+    y: { title: task.axis },
     chance: { along: "y", value: task.chance },
     columns: ["algorithm", title, task.axis, "low", "high"],
     rows: points.map((p) => [p.line, p.value, p.mean, p.low, p.high]),
@@ -195,23 +193,11 @@ function adaptation(entries, task) {
   return {
     traces: lines(entries, points, "step"),
     x: { title: "inner steps", rangemode: "tozero", dtick: tick(points) },
-    y: { title: task.axis, range: within(points) },
+    y: { title: task.axis },
     chance: { along: "y", value: task.chance },
     columns: ["algorithm", "inner steps", task.axis, "low", "high"],
     rows: points.map((p) => [mine.get(p.entry), p.step, p.mean, p.low, p.high]),
   };
-}
-
-// From where to where the means go and a little more: a band may be many times wider.
-function within(points) {
-  if (points.length === 0) return undefined;
-  const means = points.map((point) => point.mean).filter((mean) => mean !== null);
-  const [low, high] = [Math.min(...means), Math.max(...means)];
-  const room = 0.6 * (high - low) || 0.1 * Math.abs(high) || 1;
-  const bottom = Math.min(...points.map((point) => point.low ?? point.mean));
-  const top = Math.max(...points.map((point) => point.high ?? point.mean));
-  const edge = 0.04 * (high - low + room);
-  return [Math.max(low - room, bottom - edge, -edge), Math.min(high + room, top + edge)];
 }
 
 const tick = (points) => (Math.max(0, ...points.map((point) => point.step)) <= 12 ? 1 : undefined);
@@ -223,7 +209,7 @@ function learning(entries, task) {
   return {
     traces: lines(entries, points, x),
     x: { title: x === "seconds" ? "seconds of training" : "iterations", rangemode: "tozero" },
-    y: { title: `${task.axis}, ${of}`, range: within(points) },
+    y: { title: `${task.axis}, ${of}` },
     chance: { along: "y", value: task.chance },
     columns: ["algorithm", "iteration", "seconds", `${task.axis}, ${of}`, "lowest seed", "highest seed"],
     rows: points.map((p) => [mine.get(p.entry), p.iteration, p.seconds, p.mean, p.low, p.high]),
@@ -243,13 +229,11 @@ function growth(entries) {
   };
 }
 
-const PLACES = ["top center", "bottom center", "middle right", "middle left"];
-
 function cost(entries, task) {
   const kind = choice("cost-x");
   const title = $("cost-x").selectedOptions[0].text;
   const known = entries.filter((entry) => entry.mean !== null && entry[kind] !== null);
-  known.sort((a, b) => a[kind] - b[kind]); // neighbours get their names on different sides
+  known.sort((a, b) => a[kind] - b[kind]);
   const front = (entry) => entry[`pareto_${kind}`];
   const frontier = known.filter(front);
   const costs = known.map((entry) => entry[kind]);
@@ -261,15 +245,14 @@ function cost(entries, task) {
         type: "scatter", mode: "lines", name: "Pareto front", hoverinfo: "skip",
         line: { color: theme("--muted"), width: 1.5, dash: "dot", shape: "hv" },
       },
-      ...known.map((entry, index) => ({
-        x: [entry[kind]], y: [entry.mean], type: "scatter", mode: "markers+text",
-        text: [plain(entry.label)], textposition: PLACES[index % PLACES.length], showlegend: false,
-        textfont: { color: theme("--ink"), size: 12 }, cliponaxis: false,
+      ...known.map((entry) => ({
+        x: [entry[kind]], y: [entry.mean], type: "scatter", mode: "markers",
+        name: plain(entry.label), cliponaxis: false,
         marker: {
           color: front(entry) ? colour(entry) : theme("--panel"), symbol: symbol(entry), size: 12,
           line: { color: colour(entry), width: 2 },
         },
-        hovertemplate: `%{text}: ${plain(entry.score)}, %{x:.4g}<extra></extra>`,
+        hovertemplate: `%{fullData.name}: ${plain(entry.score)}, %{x:.4g}<extra></extra>`,
       })),
     ],
     x: { title, type: logarithmic ? "log" : "linear", automargin: true },
@@ -299,8 +282,10 @@ function draw(name) {
   const refs = upright ? { xref: "x", yref: "paper" } : { xref: "paper", yref: "y" };
   const at = upright ? { x: value, y: 1, yanchor: "bottom" } : { x: 1, y: value, xanchor: "right", yanchor: "bottom" };
   const marked = typeof value === "number";
+  const named = chart.traces.filter((trace) => trace.showlegend !== false).length;
   const layout = {
-    height: chart.height ?? 360, margin: { l: 8, r: 18, t: 22, b: 8 },
+    height: chart.height ?? 320 + 14 * named, // the legend's rows are not taken from the chart
+    margin: { l: 8, r: 18, t: 22, b: 8 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: theme("--ink") },
     hoverlabel: { bgcolor: theme("--panel"), bordercolor: theme("--line"), font: { color: theme("--ink") } },

@@ -362,9 +362,12 @@ def _filters(board: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _shared(board: pd.DataFrame, settings: Sequence[str]) -> str:
-    alike = [name for name in (*SETTING, *FAIRNESS) if board[name].astype(str).nunique() == 1]
-    shown = [f"{n.replace('_', ' ')} {plain(board[n].iloc[0])}" for n in alike if n not in settings]
-    shown = [text for text in shown if not text.endswith(" -")]
+    """What is the same for all rows that have it."""
+    alike = [name for name in (*SETTING, *FAIRNESS) if tables.values(board[name]) == 1]
+    shown = []
+    for name in (name for name in alike if name not in settings):
+        some = " (of those that have any)" if board[name].isna().any() else ""
+        shown.append(f"{name.replace('_', ' ')} {plain(board[name].dropna().iloc[0])}{some}")
     if "train_shots" not in (*settings, *alike):
         shown.append("train shots as shots")
     return ", ".join(shown)

@@ -354,10 +354,15 @@ def varying(leaderboard: pd.DataFrame) -> list[str]:
     Training with the shots of the test is the same for all, whatever their number.
     """
     leaderboard = leaderboard[leaderboard["seeds"] > 0]
-    found = [name for name in FAIRNESS if leaderboard[name].astype(str).nunique() > 1]
+    found = [name for name in FAIRNESS if values(leaderboard[name]) > 1]
     if (leaderboard["train_shots"] == leaderboard["shots"]).all():
         found = [name for name in found if name != "train_shots"]
     return found
+
+
+def values(column: pd.Series[Any]) -> int:
+    """How many values a setting has; to have no such setting is none."""
+    return int(column.dropna().astype(str).nunique())
 
 
 def unlike(leaderboard: pd.DataFrame) -> dict[tuple[Any, ...], list[str]]:
@@ -366,7 +371,7 @@ def unlike(leaderboard: pd.DataFrame) -> dict[tuple[Any, ...], list[str]]:
     found = {}
     scored = leaderboard[leaderboard["seeds"] > 0]
     for setting, rows in scored.groupby(list(SETTING), sort=False):
-        differing = [name for name in FAIRNESS if rows[name].astype(str).nunique() > 1]
+        differing = [name for name in FAIRNESS if values(rows[name]) > 1]
         if differing:
             found[tuple(setting)] = differing
     return found

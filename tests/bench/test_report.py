@@ -266,6 +266,20 @@ def test_what_failed_makes_no_settings_unlike(run: Run) -> None:
     assert not any("engine" in names for names in tables.unlike(board).values())
 
 
+def test_an_algorithm_without_inner_steps_stands_beside_those_with_them(
+    bench, tmp_path: Path
+) -> None:
+    assert bench("run", "--algos", "maml,protonet", *QUICK, "--out", "r")[0] == 0
+    assert bench("report", "r")[0] == 0
+    found = tables.read(Run(tmp_path / "r"))
+    growth = found.growth.groupby("entry")["step"].agg(list)
+    (maml,) = found.leaderboard.index[found.leaderboard["algorithm"] == "maml"]
+    assert growth.to_dict() == {maml: [1, 2, 4, 8]}
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "inner steps 1 (of those that have any)" in page
+    assert "inner_steps" not in tables.varying(found.leaderboard)
+
+
 def test_latex_escapes() -> None:
     assert paper.tex(r"50%_a & b\c^~{}$#") == (
         r"50\%\_a \& b\textbackslash{}c\textasciicircum{}\textasciitilde{}\{\}\$\#"
