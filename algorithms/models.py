@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,33 @@ class SpatialMean(nn.Module):
         return inputs.mean((2, 3))
 
 
+Network = Callable[[tuple[int, ...], int], nn.Module]
+"""Makes a network from inputs ``(n, *sample_shape)`` to outputs ``(n, outputs)``, its weights drawn
+by torch's generator."""
+MODELS: dict[str, Network] = {}
+N = TypeVar("N", bound=Network)
+
+
+def register(name: str) -> Callable[[N], N]:
+    """Decorator: make a function ``(sample_shape, outputs)`` that returns a network known as
+    ``--model`` ``name``.
+
+    Raises:
+        AlgorithmError: another has the name.
+    """
+
+    def add(network: N) -> N:
+        known = MODELS.get(name, network)
+        # A file that is run again brings the same function again.
+        if (known.__module__, known.__qualname__) != (network.__module__, network.__qualname__):
+            raise AlgorithmError(f"two models are called {name!r}")
+        MODELS[name] = network
+        return network
+
+    return add
+
+
+@register("conv4")
 def conv4(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The Omniglot network: four 3x3 convolutions of 64 filters and stride 2, features flattened
     (Vinyals et al. 2016; Finn et al. 2017, section 5.2)."""
@@ -65,6 +93,7 @@ def conv4(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     return EpisodicNet(body, 64 * math.prod(-(-side // 16) for side in size), outputs)
 
 
+@register("conv4_mean")
 def conv4_mean(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The Omniglot network as the MAML paper's code has it: the features are the spatial mean of
     the last layer (64), and the head is drawn from N(0, 1)."""
@@ -74,6 +103,7 @@ def conv4_mean(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     return model
 
 
+@register("conv4_pool")
 def conv4_pool(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The miniImageNet network: four 3x3 convolutions of 32 filters, each followed by 2x2 max
     pooling (Ravi and Larochelle 2017; Finn et al. 2017); 84x84 gives 800 features."""
@@ -85,6 +115,7 @@ def conv4_pool(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     return _glorot(EpisodicNet(body, 32 * math.prod(side // 16 for side in size), outputs))
 
 
+@register("conv4_leaky")
 def conv4_leaky(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The Omniglot network of MAML++: four 3x3 convolutions of 64 filters with leaky rectifiers,
     each followed by 2x2 max pooling (Antoniou et al. 2019); 28x28 gives 64 features."""
@@ -97,6 +128,7 @@ def conv4_leaky(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     return _glorot(EpisodicNet(body, 64 * math.prod(side // 16 for side in size), outputs))
 
 
+@register("fc")
 def fc(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The fully connected Omniglot network: layers of 256, 128, 64 and 64, each with batch
     normalisation and ReLU (Finn et al. 2017, section 5.2)."""
@@ -107,6 +139,7 @@ def fc(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     return _glorot(EpisodicNet(nn.Sequential(*layers), 64, outputs))
 
 
+@register("mlp")
 def mlp(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     """The sinusoid network: two hidden layers of 40 with ReLU (Finn et al. 2017, section 5.1)."""
     inputs = math.prod(sample_shape)
@@ -116,18 +149,8 @@ def mlp(sample_shape: tuple[int, ...], outputs: int) -> EpisodicNet:
     return _glorot(EpisodicNet(body, 40, outputs))
 
 
-MODELS: dict[str, Callable[[tuple[int, ...], int], EpisodicNet]] = {
-    "conv4": conv4,
-    "conv4_mean": conv4_mean,
-    "conv4_pool": conv4_pool,
-    "conv4_leaky": conv4_leaky,
-    "fc": fc,
-    "mlp": mlp,
-}
-
-
-POOLED = ("conv4_pool", "conv4_leaky")
-"""Those that halve a picture four times, and so want one of 16 pixels a side at least."""
+OF_PICTURES = {"conv4": 1, "conv4_mean": 1, "conv4_pool": 16, "conv4_leaky": 16}
+"""How many pixels a side a picture must have: some networks halve it four times."""
 
 
 def usual(sample_shape: tuple[int, ...]) -> str:
@@ -137,7 +160,7 @@ def usual(sample_shape: tuple[int, ...]) -> str:
     return "conv4" if sample_shape[0] == 1 else "conv4_pool"
 
 
-def build(name: str, sample_shape: tuple[int, ...], outputs: int, seed: int) -> EpisodicNet:
+def build(name: str, sample_shape: tuple[int, ...], outputs: int, seed: int) -> nn.Module:
     """A network, its weights a function of the seed alone; torch's generator is left as it was.
 
     Raises:
@@ -145,8 +168,8 @@ def build(name: str, sample_shape: tuple[int, ...], outputs: int, seed: int) -> 
     """
     if name not in MODELS:
         raise AlgorithmError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
-    images = name.startswith("conv4")
-    if images and (len(sample_shape) != 3 or (name in POOLED and min(sample_shape[1:]) < 16)):
+    pictures = len(sample_shape) == 3
+    if name in OF_PICTURES and not (pictures and min(sample_shape[1:]) >= OF_PICTURES[name]):
         raise AlgorithmError(f"{name} does not fit samples of shape {sample_shape}")
     with drawing(seed):
         return MODELS[name](sample_shape, outputs)

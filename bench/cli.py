@@ -350,8 +350,8 @@ def search(
     written = searches.run(found, trials, sources, folder, print)
     print(f"table: {folder / 'trials.csv'}")
     code = f" --plugin {sweep.plugin}" if sweep.plugin else ""
-    for path in written:
-        print(f"best:  {path}; python -m bench run --config {path}{code} tests it")
+    for path, trial in written:
+        print(f"best:  {trial}\n       python -m bench run --config {path}{code} tests it")
     if len(written) < len(found.cells):
         print("no trial of an algorithm was complete")
         raise typer.Exit(1)

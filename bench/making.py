@@ -18,11 +18,11 @@ from bench import stats
 from bench.checkpoints import write_tensors
 from bench.distributed import ALONE, Team
 from bench.environment import maker
-from bench.errors import BenchError
+from bench.errors import BenchError, printable
 from bench.files import write_table
 from bench.protocol import Kept, after_last_step, evaluate
 from bench.store import CHECKPOINT, SCORES, TRAINING
-from bench.sweep import Cell
+from bench.sweep import MOST_LETTERS, Cell
 from bench.training import Progress, build, hyperparameters, train
 from datasets import DatasetError, Source
 
@@ -198,6 +198,7 @@ def train_and_evaluate(
         "train_seconds": sum(log.seconds),
         "threads": torch.get_num_threads(),
         "engine": algorithm.engine,
+        **_reason(algorithm),
         "precision": algorithm.precision,
         "episode_address": cell.test_spec.address,
         **data,
@@ -208,6 +209,12 @@ def train_and_evaluate(
     if verify_gradients:
         figures["gradient_error"] = check_gradient(cell, train_source, algorithm, cell.meta_batch)
     return figures
+
+
+def _reason(algorithm: Algorithm) -> dict[str, str]:
+    """Why the engine is not the one that would be faster, if it is not."""
+    reason = printable(algorithm.engine_reason)[:MOST_LETTERS]
+    return {"engine_reason": reason} if reason else {}
 
 
 def _over_classes(values: npt.ArrayLike, classes: npt.NDArray[np.int64] | None) -> dict[str, float]:

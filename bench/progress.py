@@ -57,6 +57,7 @@ class Display:
         self.work = self.bars.add_task("", total=None, note="", visible=False)
         self.names: dict[str, str] = {}
         self.elsewhere: dict[str, _Elsewhere] = {}
+        self.explained: set[tuple[str, str]] = set()
         self.label = ""
         self.last_line = time.monotonic()
 
@@ -120,11 +121,14 @@ class Display:
     def done(self, record: Record) -> None:
         """A cell is complete."""
         self.bars.advance(self.sweep)
-        figures = record.figures
+        figures, name = record.figures, self.names[record.cell.id]
         self.console.print(
-            f"{self.names[record.cell.id]}: {unit_score(figures)}, "
-            f"trained in {figures['train_seconds']:.0f} s"
+            f"{name}: {unit_score(figures)}, trained in {figures['train_seconds']:.0f} s"
         )
+        reason = figures.get("engine_reason", "")
+        if reason and (record.cell.algorithm, reason) not in self.explained:
+            self.explained.add((record.cell.algorithm, reason))
+            self.console.print(f"{name} ran by engine {figures['engine']}: {escape(reason)}")
 
     def failed(self, cell: Cell, reason: str) -> None:
         """A cell came to nothing."""

@@ -34,13 +34,14 @@ NUMBERS = frozenset(
     (
         *("mean", "ci95", "train_seconds", "step_ms", "eval_ms_per_episode", "peak_memory_bytes"),
         *("step_gflops", "ci95_classes", "matmul_share", "step_joules", "gradient_error"),
-        "sample_reuse",
+        *("sample_reuse", "step_ms_iqr", "eval_ms_per_episode_iqr", "episode_gflops", "threads"),
     )
 )
 """Figures of a cell that are numbers wherever they are known."""
 WORDS = frozenset(
     (
-        *("metric", "engine", "episode_address", "train_data", "test_data"),
+        *("metric", "engine", "engine_reason", "precision", "episode_address"),
+        *("train_data", "test_data"),
         *("commit", "processor", "torch", "source", "status", "cell_id"),
     )
 )
@@ -84,7 +85,7 @@ def cell_of(settings: Any) -> Cell:
         cell = Cell(**settings)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    named = frozenset(Cell.model_fields) | NUMBERS | WORDS - {"engine"} | OURS
+    named = frozenset(Cell.model_fields) | NUMBERS | WORDS - {"engine", "precision"} | OURS
     if taken := cell.hyperparameters.keys() & named:
         raise ValueError(f"{min(taken)} is no hyperparameter")
     return cell

@@ -82,14 +82,12 @@ def check(
             )
         if cell.test_spec.split not in datasets.get(cell.dataset).splits:
             raise BenchError(f"--protocol {cell.protocol} is for --datasets omniglot_lake alone")
-        for spec in (cell.train_spec(0), cell.val_spec, cell.test_spec):
-            source = sources.get(cell.dataset, spec.split, "cpu")
-            if source is not None:
-                source.check(spec)
+        check_training(cell, sources)
         # What an evaluation costs is measured on training data.
         measured = replace(cell.train_spec(0), shots=cell.shots)
         sources.require(cell.dataset, "train", "cpu").check(measured)
         test = sources.require(cell.dataset, cell.test_spec.split, "cpu")
+        test.check(cell.test_spec)
         there = test.episodes(cell.test_spec)
         if there is not None and there < cell.episodes:
             raise BenchError(
@@ -97,21 +95,33 @@ def check(
                 f"episodes with {cell.test_shots} test shots in its {cell.test_spec.split} split, "
                 f"not {cell.episodes}; give --episodes {there}"
             )
-        with tried_out(cell):
-            on_cpu = cell.model_copy(update={"device": "cpu"})
-            build(on_cpu, sources.require(cell.dataset, "train", "cpu"))
-        try:
-            cell_of(cell.model_dump())
-        except ValueError as error:
-            raise BenchError(
-                f"{cell.algorithm}: {error}; results have a column of that name"
-            ) from error
-        precision = cell.hyperparameters.get("precision", "float32")
-        if precision == "tf32" and not cell.device.startswith("cuda"):
-            raise BenchError(f"precision tf32 is for NVIDIA GPUs, not for {cell.device}")
     for cell in {_computed(cell): cell for cell in cells}.values():
         with tried_out(cell):
             check_gradient(cell, sources.require(cell.dataset, "train", "cpu"))
+
+
+def check_training(cell: Cell, sources: Sources) -> None:
+    """Find out what of a cell's training cannot work.
+
+    Raises:
+        BenchError, AlgorithmError, DatasetError: the first fault found, as one line.
+    """
+    training = sources.require(cell.dataset, "train", "cpu")
+    training.check(cell.train_spec(0))
+    validation = sources.get(cell.dataset, "val", "cpu")
+    if validation is not None:
+        validation.check(cell.val_spec)
+    with tried_out(cell):
+        build(cell.model_copy(update={"device": "cpu"}), training)
+    try:
+        cell_of(cell.model_dump())
+    except ValueError as error:
+        raise BenchError(
+            f"{cell.algorithm}: {error}; results have a column of that name"
+        ) from error
+    precision = cell.hyperparameters.get("precision", "float32")
+    if precision == "tf32" and not cell.device.startswith("cuda"):
+        raise BenchError(f"precision tf32 is for NVIDIA GPUs, not for {cell.device}")
 
 
 @contextmanager

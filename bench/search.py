@@ -9,25 +9,26 @@ interrupted goes on as if it had not been.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import filelock
 import pandas as pd
 import tomli_w
+from pydantic import ConfigDict, TypeAdapter
 
 from bench.errors import BenchError
 from bench.failures import failure_of
 from bench.files import write_table, write_text
 from bench.making import Sources, check_gradient, data_hash
-from bench.runner import check_device, tried_out
+from bench.reading import read_json
+from bench.runner import check_device, check_training, tried_out
 from bench.signals import interruptible
 from bench.store import source_hash, to_json
 from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
-from bench.training import Progress, build, train
+from bench.training import Progress, train
 
 try:
     import optuna
@@ -37,6 +38,7 @@ try:
         FloatDistribution,
         IntDistribution,
     )
+    from optuna.trial import FrozenTrial, TrialState, create_trial
 except ImportError as error:
     raise BenchError("a search needs optuna: pip install 'fewshot-bench[search]'") from error
 
@@ -68,6 +70,8 @@ class Trial:
         iterations, samples, gradients, val_episodes: what the trial cost.
         seconds: of its meta-steps.
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(allow_inf_nan=False, extra="forbid")
 
     algorithm: str
     trial: int
@@ -182,15 +186,12 @@ def prepare(sweep: Sweep, space: str, sources: Sources) -> Search:
     search = Search(sweep, space, cells, spaces, higher, data)
     for algorithm, cell in cells.items():
         check_device(cell.device)
-        training.check(cell.train_spec(0))
-        validation.check(cell.val_spec)
+        check_training(cell, sources)
         for place in (0, -1):
             corner = {name: ranges[name].values[place] for name in spaces[algorithm]}
-            there = search.cell(algorithm, corner)
-            training.check(there.train_spec(0))
-            with tried_out(there):
-                build(there.model_copy(update={"device": "cpu"}), training)
-        check_gradient(cell, training)
+            check_training(search.cell(algorithm, corner), sources)
+        with tried_out(cell):
+            check_gradient(cell, training)
     return search
 
 
@@ -240,7 +241,7 @@ def run(
     sources: Sources,
     folder: Path,
     done: Callable[[Trial], None] = lambda trial: None,
-) -> list[Path]:
+) -> list[tuple[Path, Trial]]:
     """Bring so many trials of each algorithm to their end, and write down what they came to.
 
     Args:
@@ -252,7 +253,7 @@ def run(
         done: is told of each trial.
 
     Returns:
-        The files of best settings.
+        The files of best settings, and the trials that they are of.
 
     Raises:
         BenchError: a folder that cannot be used, or that holds another search.
@@ -265,7 +266,7 @@ def run(
             study = _Study(search, algorithm, sources)
             for number in range(trials):
                 record = folder / "trials" / f"{algorithm}-{number:04}.json"
-                known = _read(record)
+                known = study.known(record, number)
                 if known is not None and known.source != source:
                     raise BenchError(f"{folder} holds trials made by different source code")
                 state = record.with_suffix(".state")
@@ -277,11 +278,27 @@ def run(
                 done(trial)
                 found.append(trial)
                 _write_table(found, folder)
-        return [path for a in search.cells if (path := _write_best(search, a, found, folder))]
+        return [best for a in search.cells if (best := _write_best(search, a, found, folder))]
 
 
-# What diverged counts as pruned, before its first validation: to Optuna the worst that there is.
-_STATES = {True: optuna.trial.TrialState.COMPLETE, False: optuna.trial.TrialState.PRUNED}
+_WRITTEN = TypeAdapter(Trial)
+
+
+def _told(trial: Trial, space: Space) -> FrozenTrial:
+    """A trial as Optuna is told of it. What diverged counts as pruned, before its first validation:
+    to Optuna the worst that there is.
+
+    Raises:
+        ValueError: it is not of this space.
+    """
+    complete = trial.state == "complete"
+    return create_trial(
+        state=TrialState.COMPLETE if complete else TrialState.PRUNED,
+        value=trial.value if complete else None,
+        params=trial.parameters,
+        distributions=space,
+        intermediate_values=trial.validations,
+    )
 
 
 class _Study:
@@ -310,17 +327,17 @@ class _Study:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
         )
         for trial in self.trials:
-            complete = trial.state == "complete"
-            study.add_trial(
-                optuna.trial.create_trial(
-                    state=_STATES[complete],
-                    value=trial.value if complete else None,
-                    params=trial.parameters,
-                    distributions=space,
-                    intermediate_values=trial.validations,
-                )
-            )
+            study.add_trial(_told(trial, space))
         return study.ask(space)
+
+    def known(self, record: Path, number: int) -> Trial | None:
+        """A trial's record; one that cannot be read, or is not of this search, counts as none."""
+        try:
+            trial = _WRITTEN.validate_python(read_json(record))
+            _told(trial, self.search.spaces[self.algorithm])
+        except (OSError, ValueError):
+            return None
+        return trial if (trial.algorithm, trial.trial) == (self.algorithm, number) else None
 
     def new(self, number: int, source: str, state: Path, interrupted: Callable[[], bool]) -> Trial:
         """Run a trial of what Optuna proposes, from its checkpoint ``state`` if there is one."""
@@ -379,16 +396,6 @@ def _opened(folder: Path, asked: str) -> filelock.BaseFileLock:
     return lock
 
 
-def _read(path: Path) -> Trial | None:
-    """A trial's record; one that cannot be read counts as none."""
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        written["validations"] = {int(i): v for i, v in written["validations"].items()}
-        return Trial(**written)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def _write_table(trials: list[Trial], folder: Path) -> None:
     rows = [asdict(trial) for trial in trials]
     own = [row.pop("parameters") for row in rows]
@@ -400,7 +407,9 @@ def _write_table(trials: list[Trial], folder: Path) -> None:
     write_table(folder / "trials.parquet", table)
 
 
-def _write_best(search: Search, algorithm: str, found: list[Trial], folder: Path) -> Path | None:
+def _write_best(
+    search: Search, algorithm: str, found: list[Trial], folder: Path
+) -> tuple[Path, Trial] | None:
     """The best settings as a sweep, under what it took to find them."""
     trials = [trial for trial in found if trial.algorithm == algorithm]
     scored = [(t.value, t) for t in trials if t.state == "complete" and t.value is not None]
@@ -421,10 +430,10 @@ def _write_best(search: Search, algorithm: str, found: list[Trial], folder: Path
         )
     )
     note = (
-        f"# Trial {best.trial} of {len(trials)} ({counts}), chosen by its {metric} of {value:.4f} "
-        f"on validation episodes.\n# The search took {costs}.\n"
+        f"# Trial {best.trial}, the best of {len(trials)} ({counts}): its {metric} on validation "
+        f"episodes was {value:.4f}.\n# The search took {costs}.\n"
     )
     asked = search.chosen(algorithm, best.parameters).model_dump(mode="json", exclude_none=True)
     path = folder / f"best-{algorithm}.toml"
     write_text(path, note + tomli_w.dumps(asked))
-    return path
+    return path, best

@@ -53,7 +53,7 @@ def fit(run: Run, record: Record, episode: int) -> Fit:
     cpu = cell.model_copy(update={"device": "cpu"})
     algorithm = build(cpu, source)
     path = run.cells / cell.id / CHECKPOINT
-    algorithm.model.load_state_dict(read_tensors(path, cell=cell.id, source=record.source))
+    algorithm.load_state_dict(read_tensors(path, cell=cell.id, source=record.source))
     amplitude, phase, _ = source.waves(cell.test_spec, [episode])
     x = np.linspace(*INPUTS, POINTS)
     target = (amplitude * np.sin(x - phase))[0]

@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 def test_the_algorithm_in_ten_lines_is_ten_lines_and_equals_the_built_in_one(
     tmp_path: Path,
 ) -> None:
-    (block,) = (b for b in BLOCKS if "register" in b)
+    (block,) = (b for b in BLOCKS if "algorithms.register" in b)
     body = block[block.index("@") :]
     assert len(body.strip().splitlines()) <= 10
     both = tmp_path / "my_fomaml.py"
@@ -28,6 +28,18 @@ def test_the_algorithm_in_ten_lines_is_ten_lines_and_equals_the_built_in_one(
     assert done.returncode == 0
     summary = pd.read_csv(tmp_path / "r" / "summary.csv")
     assert summary["mean"].nunique() == 1
+
+
+def test_the_network_of_ones_own_is_trained(tmp_path: Path) -> None:
+    (block,) = (b for b in BLOCKS if "models.register" in b)
+    plugin = tmp_path / "my_net.py"
+    plugin.write_text(block + "\n\n" + Path(QUICK[1]).read_text())
+    quick = ("--plugin", str(plugin), *QUICK[2:], "--model", "two_layers", "--costs", "never")
+    arguments = ["run", "--algos", "maml,anil", *quick, "--out", str(tmp_path / "r")]
+    done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=README.parent)
+    assert done.returncode == 0
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv")
+    assert set(summary["engine"]) == {"batched"}
 
 
 def test_maml_on_a_list_of_tasks_learns_to_adapt() -> None:

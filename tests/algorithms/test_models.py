@@ -65,6 +65,12 @@ def test_batch_norms_shift_is_learned_by_the_outer_loop_alone() -> None:
     assert model.outer_only == {f"body.{i}.bias" for i in (1, 4, 7, 10)}
 
 
+def test_a_name_is_one_networks() -> None:
+    with pytest.raises(AlgorithmError, match="two models are called 'fc'"):
+        models.register("fc")(models.mlp)
+    assert models.register("fc")(models.fc) is models.fc
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(AlgorithmError, match="does not fit"):
         models.build("conv4_pool", (1, 12, 12), 5, 0)

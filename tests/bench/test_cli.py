@@ -323,6 +323,23 @@ def test_what_interrupts_a_run_once_all_is_done_takes_nothing_from_it(
     assert len(Run(tmp_path / "r").records()) == 2
 
 
+def test_why_a_network_is_not_batched_is_said_once(bench, tmp_path: Path) -> None:
+    plugin = tmp_path / "net.py"
+    plugin.write_text(
+        "from torch import nn\nfrom algorithms import models\n\n"
+        "@models.register('gated')\n"
+        "def gated(shape, outputs):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.PReLU(), nn.Linear(36, outputs))\n"
+    )
+    asked = ("--plugin", str(plugin), *QUICK[2:], "--model", "gated", "--costs", "never")
+    status, out, _ = bench("run", "--algos", "maml", "--seeds", "0,1", *asked, "--out", "r")
+    assert status == 0
+    assert out.count("ran by engine higher: PReLU (1) ") == 1
+    assert set(pd.read_csv("r/summary.csv")["engine"]) == {"higher"}
+    reasons = {record.figures["engine_reason"] for record in Run(tmp_path / "r").records()}
+    assert len(reasons) == 1
+
+
 def test_costs_may_be_left_out(bench, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(measure, "measure", None)
     arguments = ("run", "--algos", "maml,reptile", *QUICK, "--out", "r")

@@ -273,6 +273,30 @@ def test_a_recipe_of_waves_draws_how_the_network_adapts(bench, place: Path) -> N
         descent.step()
 
 
+def test_a_fit_goes_by_the_rates_that_were_learned(bench, tmp_path: Path) -> None:
+    asked = ("--datasets", "sinusoid", "--shots", "10", "--devices", "cpu", "--iterations", "30")
+    learn = ("--set", "meta_lr=0.01", "--eval-steps", "1", "--episodes", "20", "--costs", "never")
+    assert bench("run", "--algos", "meta_sgd", *asked, *learn, "--out", "r")[0] == 0
+    run = Run(tmp_path / "r")
+    (record,) = run.records()
+    shown = waves.fit(run, record, episode=3)
+
+    cell = record.cell
+    path = run.cells / cell.id / CHECKPOINT
+    state = read_tensors(path, cell=cell.id, source=record.source)
+    net = models.build("mlp", (1,), 1, seed=0)
+    net.load_state_dict({name: state[name] for name in net.state_dict()})
+    x, y = (half[0] for half in SinusoidSource().batch(cell.test_spec, [3])["train"])
+    nn.functional.mse_loss(net(x), y).backward()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            rate = state[f"meta_sgd/alpha.{name}"]
+            assert not torch.equal(rate, torch.full_like(rate, cell.hyperparameters["inner_lr"]))
+            parameter -= rate * parameter.grad
+        expected = net(torch.from_numpy(shown.x)[:, None].float())[:, 0].numpy()
+    assert shown.predictions[1] == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_band_of_errors_is_over_seeds_where_there_are_seeds() -> None:
     generator = np.random.default_rng(0)
     scores = [generator.random((30, 4)) for _ in range(3)]

@@ -65,11 +65,46 @@ def test_a_search_counts_its_budget_prunes_and_goes_on_as_if_never_cut(
     best = complete.loc[complete["value"].idxmax()]
     text = (tmp_path / "s" / "best-maml.toml").read_text()
     assert tomllib.loads(text)["set"]["inner_lr"] == [best["inner_lr"]]
-    assert f"Trial {best['trial']} of 12" in text
+    assert f"Trial {best['trial']}, the best of 12" in text
     assert f"{table['iterations'].sum()} iterations" in text
 
     status, _, err = bench("search", *FIXED, "--space", "inner_lr=1:2", "--out", "s")
     assert (status, err) == (2, "bench: s holds another search; give another --out\n")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"value": "high"},
+        {"value": float("nan")},
+        {"validations": {"2": None}},
+        {"parameters": {"inner_lr": 99.0}},
+        {"parameters": {"outer_lr": 0.1}},
+        {"trial": 7},
+        {"algorithm": "fomaml"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_record_that_is_none_of_this_search_is_made_again(
+    bench, tmp_path: Path, edit: dict
+) -> None:
+    asked = ("search", *FIXED, "--space", "inner_lr=0.01:0.1", "--trials", "2", "--out", "s")
+    assert bench(*asked)[0] == 0
+    record = tmp_path / "s" / "trials" / "maml-0000.json"
+    whole = json.loads(record.read_text())
+    record.write_text(json.dumps(whole | edit))
+    assert bench(*asked)[0] == 0
+    again = json.loads(record.read_text())
+    assert again | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_the_best_trial_is_said(bench) -> None:
+    asked = ("--space", "inner_lr=0.01:0.1", "--trials", "2", "--out", "s")
+    _, out, _ = bench("search", *FIXED, *asked)
+    table = pd.read_csv("s/trials.csv")
+    best = table.loc[table["value"].idxmax()]
+    assert f"best:  maml trial {best['trial']}: complete {best['value']:.4f}" in out
 
 
 def test_a_run_takes_the_best_settings(bench, tmp_path: Path) -> None:
@@ -179,6 +214,7 @@ def test_a_trial_that_is_interrupted_goes_on_from_its_checkpoint(
         (("--space", "inner_lr=1:2,inner_lr=1:3"), "inner_lr is given twice"),
         (("--space", "eval_seed=0:9"), "eval_seed is what trials are judged by"),
         (("--space", "inner_lr=0.1:1", "--shots", "1,2"), "this has 2 cells"),
+        (("--space", "precision=tf32|float32"), "precision tf32 is for NVIDIA GPUs"),
         (("--space", "inner_lr=0.1:1", "--trials", "0"), "Invalid value for '--trials'"),
     ],
 )
