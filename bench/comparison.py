@@ -1,6 +1,6 @@
 """Which algorithm is better, is that real, and what does it cost: every pair, from results.
 
-Data flows one way: cells on disk -> results -> entrants -> rows -> sentences. Two entrants are
+Data flows one way: results -> entrants (`bench.results`) -> rows -> sentences. Two entrants are
 paired only where they met the very same test episodes.
 """
 
@@ -8,31 +8,37 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from bench.errors import BenchError, printable
+from bench.errors import BenchError
 from bench.files import write_text
-from bench.measure import STEP
 from bench.overall import Aggregate, Block, Ranks, aggregate, rank, said_p
 from bench.plots import save
 from bench.rankings import holm
-from bench.reading import read_performance
+from bench.results import (
+    COUNTS,
+    Entrant,
+    Result,
+    damage_notes,
+    differing,
+    entrants,
+    labels,
+    left_out_notes,
+    of_other_data,
+    read,
+)
 from bench.stats import (
     Difference,
-    Floats,
     Over,
     PairedDifference,
     below_floor,
     episodes_to_resolve,
-    finite,
     hierarchical_difference,
     mean_interval,
     paired_difference,
@@ -41,9 +47,9 @@ from bench.stats import (
     resolvable_over_seeds,
     seeds_to_resolve,
 )
-from bench.store import PERFORMANCE, Record, Run
+from bench.store import Run
 from bench.summary import reuse_notes
-from bench.sweep import Cell, labelled, said, varied
+from bench.sweep import Cell, said, varied
 from bench.sweep import names as cell_names
 from bench.wording import decimals
 
@@ -55,13 +61,8 @@ TUNED = frozenset(
 )
 """Settings that each algorithm has a right to its own of, unless they were swept; any other that
 two entrants do not share is named beside their difference."""
-MEASURED = ("phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session")
 MOST_LEFT_OUT = 10
 """Pairs that are named where they cannot be compared for the same reason."""
-MOST_NAMED = 10
-"""Cells without a score that are named."""
-COUNTS = ("samples_per_step", "gradients_per_step")
-"""What other settings come to."""
 RESOLUTION: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
     "episodes": (resolvable_difference, episodes_to_resolve),
     "seeds": (resolvable_over_seeds, seeds_to_resolve),
@@ -69,210 +70,6 @@ RESOLUTION: dict[str, tuple[Callable[..., float], Callable[..., float]]] = {
 """By what an interval speaks of: the smallest difference that is found, and how many find one."""
 TESTS = ("p", "p_wilcoxon", "p_permutation")
 """Each is corrected by Holm over all comparisons of a table."""
-
-
-# Cells on disk -> results
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """A complete cell: its record, its score in every episode and what it cost.
-
-    Attributes:
-        by_step: the metric after each inner step, ``(episodes, steps + 1)``.
-        performance: columns of ``performance.parquet``, :data:`MEASURED` and where it has them
-            ``inner_steps``; empty where nothing was measured.
-    """
-
-    record: Record
-    by_step: Floats
-    performance: Mapping[str, npt.NDArray[Any]]
-
-    @cached_property
-    def scores(self) -> Floats:
-        """The metric after the last inner step, ``(episodes,)``."""
-        return np.ascontiguousarray(self.by_step[:, -1])
-
-    @cached_property
-    def steps(self) -> dict[tuple[str, int], tuple[float, float]]:
-        """Seconds and peak bytes of each meta-step that was measured, by session and repeat."""
-        seconds, peaks = (self.repeats(STEP, name) for name in ("seconds", "peak_bytes"))
-        return {key: (seconds[key], peaks[key]) for key in seconds}
-
-    def repeats(self, phase: str, column: str) -> dict[tuple[str, int], float]:
-        """What each repeat of a phase cost, by session and repeat; NaN where it is not known."""
-        at = np.flatnonzero(self.performance["phase"] == phase)
-        keys = (self.performance[name][at] for name in ("session", "repeat"))
-        values = self.performance[column][at].astype(float).tolist()
-        return dict(zip(zip(*keys, strict=True), values, strict=True))
-
-    @property
-    def episodes(self) -> tuple[str, int]:
-        """Which test episodes it met: results may be paired where these are equal, unless they are
-        known to be of other data (:func:`of_other_data`)."""
-        return self.record.figures["episode_address"], len(self.scores)
-
-    @property
-    def data(self) -> dict[str, str | None]:
-        """Hashes of what it was trained and tested on; None for what is not known, or computed."""
-        return {name: self.record.figures.get(name) for name in ("train_data", "test_data")}
-
-    @property
-    def metric(self) -> str:
-        """``accuracy`` or ``mse``."""
-        return str(self.record.figures["metric"])
-
-    @property
-    def cell(self) -> Cell:
-        """What was run."""
-        return self.record.cell
-
-    @property
-    def higher_is_better(self) -> bool:
-        """True of an accuracy, False of an error."""
-        return self.metric == "accuracy"
-
-
-def of_other_data(a: Result, b: Result) -> bool:
-    """Whether test episodes of one address are known to be of other data."""
-    x, y = a.data["test_data"], b.data["test_data"]
-    return x is not None and y is not None and x != y
-
-
-def read(folder: Path, *, none_will_do: bool = False) -> tuple[list[Result], list[str]]:
-    """A run's complete cells, and the ids of those that are damaged.
-
-    Raises:
-        BenchError: a folder that holds no run, or, unless that will do, no complete cell.
-    """
-    run = Run(folder)
-    if not run.cells.is_dir():
-        raise BenchError(f"there is no run in {folder}: it has no cells/")
-    found = (_whole(run, record) for record in run.records(thorough=True))
-    results = [result for result in found if result]
-    damaged = sorted(set(run.cell_ids()) - {result.cell.id for result in results})
-    if not results and not none_will_do:
-        also = f"; {len(damaged)} are damaged" if damaged else ""
-        raise BenchError(f"{folder} has no complete cells{also}")
-    return results, damaged
-
-
-def _whole(run: Run, record: Record) -> Result | None:
-    """A cell's result; None where the cell is damaged."""
-    try:
-        found = result(run, record)
-        finite(found.scores, "scores")
-    except Exception:  # a file of other hands can fail its reader in any way
-        return None
-    figures = record.figures
-    described = figures.get("metric") in ("accuracy", "mse") and figures.get("episode_address")
-    return found if described and len(found.scores) == record.cell.episodes else None
-
-
-def result(run: Run, record: Record) -> Result:
-    """Read what a cell scored and cost.
-
-    Raises:
-        OSError, ValueError, KeyError: its files are not what they should be.
-    """
-    path = run.cells / record.cell.id / PERFORMANCE
-    performance = {name: np.empty(0) for name in MEASURED}
-    if path.is_file():
-        performance = read_performance(path, *MEASURED)
-    return Result(record, run.scores_by_step(record.cell), performance)
-
-
-def damage_notes(folder: Path, damaged: Sequence[str]) -> list[str]:
-    """A line that names damaged cells, if there are any."""
-    if not damaged:
-        return []
-    names = ", ".join(map(printable, damaged))
-    return [f"skipped, for they are damaged: {names} in {folder}; the same 'run' makes them again"]
-
-
-def left_out_notes(folder: Path, results: Sequence[Result]) -> list[str]:
-    """A line that names the cells of a run, with these results, that came to nothing, if there are
-    any."""
-    lost = Run(folder).left_out([result.cell for result in results])
-    if not lost:
-        return []
-    more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
-    return [f"left out, for they have no score: {', '.join(lost[:MOST_NAMED])}{more} in {folder}"]
-
-
-# Results -> entrants
-
-
-@dataclass(frozen=True, eq=False)
-class Entrant:
-    """An algorithm as it was set up, with its results by seed."""
-
-    by_seed: dict[int, Result]
-
-    @property
-    def any(self) -> Result:
-        """One of its results: all but the seed is the same in each."""
-        return next(iter(self.by_seed.values()))
-
-    @property
-    def algorithm(self) -> str:
-        """The algorithm's name."""
-        return self.any.cell.algorithm
-
-    @property
-    def place(self) -> tuple[str, int, int]:
-        """Dataset, ways and shots."""
-        cell = self.any.cell
-        return cell.dataset, cell.ways, cell.shots
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """All that decided its results but the algorithm and the seed."""
-        record = self.any.record
-        return (
-            record.cell.model_dump(exclude={"algorithm", "seed", "hyperparameters"})
-            | record.cell.hyperparameters
-            | {name: getattr(record.cell, name) for name in COUNTS}
-            | {"engine": record.figures.get("engine"), "source": record.source}
-            | {name: digest for name, digest in self.any.data.items() if digest}
-        )
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """The algorithm and the settings, as :func:`bench.sweep.labelled` takes them."""
-        own = {name: value for name, value in self.settings.items() if name not in COUNTS}
-        return {"algorithm": self.algorithm, **own}
-
-
-def entrants(results: Iterable[Result]) -> list[Entrant]:
-    """Results put together that differ in nothing but the seed; of equal ones, the first stays."""
-    groups: dict[tuple[Any, ...], dict[int, Result]] = {}
-    for result in results:
-        groups.setdefault(_likeness(result), {}).setdefault(result.cell.seed, result)
-    return [Entrant(by_seed) for by_seed in groups.values()]
-
-
-def _likeness(result: Result) -> tuple[Any, ...]:
-    """What results that differ in nothing but the seed share."""
-    return (result.cell.seedless_id, result.record.source, *result.data.values())
-
-
-def differing(a: Entrant, b: Entrant) -> dict[str, tuple[Any, Any]]:
-    """The settings both have, with values that are not the same."""
-    x, y = a.settings, b.settings
-    return {name: (x[name], y[name]) for name in x if name in y and x[name] != y[name]}
-
-
-def labels(
-    field: Sequence[Entrant], lost: Sequence[Cell] = ()
-) -> tuple[dict[Entrant, str], list[str]]:
-    """A name for each entrant, and for each cell that came to nothing: the algorithm's, with what
-    tells it from its namesakes among all of them."""
-    rows = [entrant.row for entrant in field]
-    for cell in lost:  # which engine would have run is not known
-        rows.append({n: v for n, v in cell.row().items() if (n, v) != ("engine", "auto")})
-    names = labelled(rows)
-    return dict(zip(field, names, strict=False)), names[len(field) :]
 
 
 # Entrants -> rows
@@ -657,13 +454,13 @@ def _twice(
     """Seeds of entrants that are there again, with other scores: which run is named first decides
     what is compared."""
     kept = {
-        (*_likeness(result), result.cell.seed): (entrant, result)
+        (*result.likeness, result.cell.seed): (entrant, result)
         for entrant in field
         for result in entrant.by_seed.values()
     }
     found = []
     for result in results:
-        entrant, first = kept[(*_likeness(result), result.cell.seed)]
+        entrant, first = kept[(*result.likeness, result.cell.seed)]
         if not np.array_equal(first.scores, result.scores):
             dataset, ways, shots = entrant.place
             found.append(

@@ -14,7 +14,8 @@ from bench.errors import printable
 from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
 from bench.plots import OVERS
-from bench.tables import COUNTS, Tables, varying
+from bench.results import COUNTS
+from bench.tables import Tables, varying
 from bench.wording import decimals
 
 INTERVALS = (

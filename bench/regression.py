@@ -19,10 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 from scipy import stats as distributions
 
-from bench.comparison import Entrant, Result, damage_notes, differing, of_other_data, read
 from bench.errors import BenchError
 from bench.measure import CALIBRATION, EVALUATION, STEP
 from bench.paper import md
+from bench.results import Entrant, Result, damage_notes, differing, of_other_data, read
 from bench.stats import Floats, Interval, episodes_to_resolve, non_inferiority
 from bench.store import Run, outcome
 from bench.sweep import Cell, told_apart

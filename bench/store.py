@@ -285,12 +285,7 @@ class Run:
     def records(self, thorough: bool = False) -> list[Record]:
         """The complete cells, in the order of their settings."""
         found = (self.record(cell_id, thorough) for cell_id in self.cell_ids())
-        records = [record for record in found if record]
-        rows = {record.cell.id: record.cell.row() for record in records}
-        order = ("dataset", "ways", "shots", "algorithm", "seed", *varied(rows.values()))
-        return sorted(
-            records, key=lambda record: [in_order(rows[record.cell.id].get(name)) for name in order]
-        )
+        return in_order_of_settings(record for record in found if record)
 
     def failures(self) -> dict[str, Any]:
         """Why cells failed, by their id."""
@@ -377,6 +372,15 @@ class Run:
         ):
             raise ValueError("scores are not there once for each episode and step")
         return read["metric"][order].astype(np.float64).reshape(shape)
+
+
+def in_order_of_settings(records: Iterable[Record]) -> list[Record]:
+    """Records as people look for them: by dataset, ways, shots, algorithm, seed and what else tells
+    them apart."""
+    rows = [(record, record.cell.row()) for record in records]
+    order = ("dataset", "ways", "shots", "algorithm", "seed", *varied(row for _, row in rows))
+    rows.sort(key=lambda pair: [in_order(pair[1].get(name)) for name in order])
+    return [record for record, _ in rows]
 
 
 def _cells(failures: dict[str, Any]) -> list[Cell]:

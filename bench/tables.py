@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from bench.comparison import Entrant, Result, entrants, labels, result
 from bench.errors import BenchError, DamagedError, printable
 from bench.measure import GROWTH
 from bench.plots import COSTS, best_first
-from bench.reading import is_score, read_columns
-from bench.stats import Over, finite, mean_interval
+from bench.reading import read_columns
+from bench.results import COUNTS, Entrant, Result, entrants, labels, load, why
+from bench.stats import Over, mean_interval
 from bench.store import TRAINING, Record, Run, outcome
 from bench.sweep import SETTING, Cell, Sweep, in_order, names, read_sweep, said, varied
 
@@ -34,9 +34,6 @@ FAIRNESS = (
     "source",
 )
 """Settings that change what a score means: a table over unlike ones shows them."""
-
-COUNTS = ("samples_per_step", "gradients_per_step")
-"""How much a meta-step sees and does."""
 
 POINTS = 60
 """Points of a learning curve: a page with 2,000 cells stays small, and no eye sees more."""
@@ -156,27 +153,15 @@ def _load_all(run: Run) -> tuple[list[_Loaded], list[tuple[str, str, str]]]:
 def _load(run: Run, cell_id: str) -> _Loaded | str:
     """A cell's tables, or what is wrong with them."""
     try:
-        record = run.sound(cell_id)
+        found = load(run, cell_id)
     except DamagedError as error:
         return str(error)
-    except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    cell, figures = record.cell, record.figures
-    if figures.get("metric") not in ("accuracy", "mse") or not is_score(figures.get("mean")):
-        return "ValueError: cell.json has no score"
+    path, rows = run.cells / cell_id / TRAINING, found.cell.iterations
     try:
-        found = result(run, record)
-        finite(found.by_step, "scores", 2)
-        path = run.cells / cell.id / TRAINING
-        training = read_columns(path, *TRAINED, rows=cell.iterations, optional=["val_metric"])
-        loaded = _Loaded(found, _curve(training), _peaks(found))
-    except KeyError as error:
-        return f"ValueError: no column {error}"
+        training = read_columns(path, *TRAINED, rows=rows, optional=["val_metric"])
+        return _Loaded(found, _curve(training), _peaks(found))
     except Exception as error:  # a file of other hands can fail its reader in any way
-        return f"{type(error).__name__}: {error}"
-    if loaded.scores.shape != (cell.episodes, cell.eval_steps + 1):
-        return f"ValueError: scores of {len(loaded.scores)} episodes, not of {cell.episodes}"
-    return loaded
+        return why(error)
 
 
 def _peaks(found: Result) -> dict[float, float]:

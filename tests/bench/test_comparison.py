@@ -53,15 +53,17 @@ def put(
     run = Run(folder)
     run.cells.mkdir(parents=True, exist_ok=True)
     workplace = run.workplace(cell)
-    steps = pd.DataFrame({"episode": range(len(scores)), "step": 0, "loss": 1.0, "metric": 0.5})
-    pd.concat([steps, steps.assign(step=1, metric=scores)]).to_parquet(workplace / SCORES)
+    start = pd.DataFrame({"episode": range(len(scores)), "step": 0, "loss": 1.0, "metric": 0.5})
+    steps = [start.assign(step=step) for step in range(cell.eval_steps)]
+    end = start.assign(step=cell.eval_steps, metric=scores)
+    pd.concat([*steps, end]).to_parquet(workplace / SCORES)
     (workplace / TRAINING).write_text("some")
     (workplace / CHECKPOINT).write_text("some")
     if performance is not None:
         performance.to_parquet(workplace / PERFORMANCE)
     address = cell.test_spec.address
-    figures = {"metric": metric, "episode_address": address, "engine": "batched"}
-    figures |= data or {}
+    figures = {"metric": metric, "mean": float(np.mean(scores)), "episode_address": address}
+    figures |= {"engine": "batched"} | (data or {})
     run.complete(cell, source, figures)
 
 
