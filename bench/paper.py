@@ -13,10 +13,9 @@ from bench.comparison import Row
 from bench.errors import printable
 from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
-from bench.plots import OVERS
 from bench.results import COUNTS
 from bench.tables import Tables, varying
-from bench.wording import decimals
+from bench.wording import OVERS, decimals
 
 INTERVALS = (
     "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again (on these "

@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -20,21 +20,11 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from bench.failures import lost
 from bench.files import whole
 from bench.stats import mean_interval
-from bench.sweep import PLACE, SETTING, in_order, labelled
-
-if TYPE_CHECKING:
-    from bench.tables import Tables
+from bench.sweep import PLACE, in_order, labelled
+from bench.tables import COSTS, Tables, best_first
+from bench.wording import OVERS
 
 matplotlib.use("Agg")
-
-COSTS = {
-    "step_ms": ("time of a meta-step, ms", 1.0),
-    "eval_ms_per_episode": ("time to adapt to and score an episode, ms", 1.0),
-    "train_seconds": ("training time, s", 1.0),
-    "peak_memory_bytes": ("peak memory, MiB", 2.0**20),
-    "step_gflops": ("work of a meta-step, GFLOP", 1.0),
-}
-"""What an entry costs, the median over its seeds: its name and unit as shown, and that unit."""
 
 # Apart for colour-blind readers, and of 3:1 contrast on white and on black.
 PALETTE = (
@@ -42,10 +32,6 @@ PALETTE = (
     *("#8a7a12", "#d14a61", "#6b7785", "#1a93ad"),
 )
 THIN = {"grid.linewidth": 0.6, "axes.linewidth": 0.8, "grid.color": "0.88"}
-OVERS = {
-    "seeds": "over seeds (the algorithm, trained again, on these test episodes)",
-    "episodes": "over test episodes (this trained model on new tasks)",
-}
 MIXED = "over seeds, or over episodes for one seed"
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 MARGIN_INCHES = 0.1
@@ -138,15 +124,6 @@ def accuracy(summary: pd.DataFrame) -> Figure:
     """A summary's scores by algorithm and shots, in the order and colours of a report's."""
     scores, meaning = intervals(summary)
     return scores_by_shots(best_first(scores, "algorithm"), meaning)
-
-
-def best_first(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Rows by setting, in each the best first, and equals by the column ``name``; with a column
-    ``merit``, of which more is better."""
-    merit = frame["mean"].where(frame["metric"] == "accuracy", -frame["mean"])
-    order = [True] * len(SETTING) + [False, True]
-    by = [*SETTING, "merit", name]
-    return frame.assign(merit=merit).sort_values(by, ascending=order, ignore_index=True)
 
 
 def scores_by_shots(scores: pd.DataFrame, meaning: str) -> Figure:

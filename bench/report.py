@@ -37,11 +37,10 @@ from bench.files import write_text
 from bench.findings import Task
 from bench.measure import GROWTH_TASKS
 from bench.paper import plain
-from bench.plots import COSTS
 from bench.reading import read_json
 from bench.store import Run
 from bench.sweep import SETTING, Cell, Sweep
-from bench.tables import FAIRNESS, Tables
+from bench.tables import COSTS, FAIRNESS, Tables
 from bench.wording import decimals, digits_of
 
 MOST_PAIRED = 25

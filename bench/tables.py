@@ -21,7 +21,6 @@ import pandas as pd
 
 from bench.errors import BenchError, DamagedError, printable
 from bench.measure import GROWTH
-from bench.plots import COSTS, best_first
 from bench.reading import read_columns
 from bench.results import COUNTS, Entrant, Result, entrants, labels, load, why
 from bench.stats import Over, mean_interval
@@ -34,6 +33,15 @@ FAIRNESS = (
     "source",
 )
 """Settings that change what a score means: a table over unlike ones shows them."""
+
+COSTS = {
+    "step_ms": ("time of a meta-step, ms", 1.0),
+    "eval_ms_per_episode": ("time to adapt to and score an episode, ms", 1.0),
+    "train_seconds": ("training time, s", 1.0),
+    "peak_memory_bytes": ("peak memory, MiB", 2.0**20),
+    "step_gflops": ("work of a meta-step, GFLOP", 1.0),
+}
+"""What an entry costs, the median over its seeds: its name and unit as shown, and that unit."""
 
 POINTS = 60
 """Points of a learning curve: a page with 2,000 cells stays small, and no eye sees more."""
@@ -295,6 +303,15 @@ def _leaderboard(
         for _, members in frame.groupby(list(SETTING), sort=False):
             frame.loc[members.index, f"pareto_{cost}"] = pareto(members[cost], members["merit"])
     return frame.drop(columns="merit")
+
+
+def best_first(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows by setting, in each the best first, and equals by the column ``name``; with a column
+    ``merit``, of which more is better."""
+    merit = frame["mean"].where(frame["metric"] == "accuracy", -frame["mean"])
+    order = [True] * len(SETTING) + [False, True]
+    by = [*SETTING, "merit", name]
+    return frame.assign(merit=merit).sort_values(by, ascending=order, ignore_index=True)
 
 
 def _entry(group: Sequence[_Loaded]) -> dict[str, Any]:

@@ -8,6 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+OVERS = {
+    "seeds": "over seeds (the algorithm, trained again, on these test episodes)",
+    "episodes": "over test episodes (this trained model on new tasks)",
+}
+"""What an interval speaks of."""
+
 
 def score(row: pd.Series[Any] | Mapping[str, Any], half: str = "ci95") -> str:
     """Mean and half width of an interval, accuracies in per cent: ``81.3 ± 0.7%``, ``0.59 ± 0.1``.
