@@ -28,6 +28,7 @@ import datasets
 from algorithms import AlgorithmError, kernels, models
 from algorithms.verification import verify
 from bench.environment import blas, cpu_name
+from bench.making import GRADIENT_TOLERANCE
 from bench.sweep import best_device
 from datasets import DatasetError
 from datasets.base import APPLICATION, cache_folder, data_root
@@ -41,8 +42,6 @@ Level = Literal["ok", "warning", "fault"]
 PYTHON = (3, 10)
 NEEDED_BYTES = 2**30
 """Memory and disk space under which the main job, which needs a few hundred MiB, may run out."""
-TOLERANCE = 1e-8
-"""Relative difference of two engines' gradients in float64 that is no longer rounding."""
 TURNS = 3
 BUILT_IN = ("glyphs", "sinusoid")
 
@@ -310,7 +309,7 @@ def engines() -> Iterator[Finding]:
             errors[name] = verify(name, model, batch, {"engine": "batched"})
         except (AlgorithmError, TypeError):
             refused.append(name)
-    wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
+    wrong = {name: error for name, error in errors.items() if not error < GRADIENT_TOLERANCE}
     for name, error in wrong.items():
         found = f"{name}: the batched gradient is {error:.1e} from that by higher"
         yield Finding("engines", "fault", found, "use --engine higher, and report it")

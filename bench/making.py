@@ -23,7 +23,7 @@ from bench.files import write_table
 from bench.protocol import Kept, after_last_step, evaluate
 from bench.store import CHECKPOINT, SCORES, TRAINING
 from bench.sweep import MOST_LETTERS, Cell
-from bench.training import Progress, build, hyperparameters, train
+from bench.training import Iteration, build, hyperparameters, train
 from datasets import DatasetError, Source
 
 GRADIENT_TOLERANCE = 1e-8
@@ -42,7 +42,7 @@ class Watch(Protocol):
     def training(self, cell: Cell) -> None:
         """It starts to be trained."""
 
-    def iteration(self, progress: Progress) -> None:
+    def iteration(self, progress: Iteration) -> None:
         """A meta-step is done."""
 
     def evaluating(self, cell: Cell) -> None:

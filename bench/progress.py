@@ -21,7 +21,7 @@ from rich.progress import (
 from bench.store import Record
 from bench.summary import unit_score
 from bench.sweep import Cell, names
-from bench.training import Progress as TrainingProgress
+from bench.training import Iteration
 
 LINE_SECONDS = 30.0
 """How often a console that cannot redraw (a log file) is given a line."""
@@ -88,7 +88,7 @@ class Display:
         """A cell starts to be trained."""
         self._work(self.names[cell.id], cell.iterations)
 
-    def iteration(self, progress: TrainingProgress) -> None:
+    def iteration(self, progress: Iteration) -> None:
         """A meta-step is done."""
         note = f"loss {progress.loss:.3f}"
         if progress.validation is not None:

@@ -28,7 +28,7 @@ from bench.runner import check_device, check_training, tried_out
 from bench.signals import interruptible
 from bench.store import source_hash, to_json
 from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
-from bench.training import Progress, train
+from bench.training import Iteration, train
 
 try:
     import optuna
@@ -345,7 +345,7 @@ class _Study:
         trial = Trial(self.algorithm, number, source, dict(proposed.params))
         cell = self.search.cell(self.algorithm, trial.parameters)
 
-        def report(progress: Progress) -> None:
+        def report(progress: Iteration) -> None:
             trial.iterations = progress.iteration
             trial.seconds += progress.seconds
             if progress.validation is None:

@@ -69,10 +69,10 @@ class PairedDifference(Difference):
 
 @dataclass(frozen=True)
 class MarginTest:
-    """A test that a difference is within a margin; `passed` where p is below its alpha.
+    """A test that a loss of a margin is ruled out; `passed` where p is below its alpha.
 
     The interval is the two-sided one of level 1 - 2 alpha, which agrees with the verdict: passed
-    exactly where the bound or bounds tested are inside the margin.
+    exactly where the bound that is tested is inside the margin.
     """
 
     interval: Interval
@@ -401,21 +401,14 @@ def non_inferiority(differences: npt.ArrayLike, margin: float, alpha: float = 0.
     Higher values are better. One-sided paired t test: it passes when a loss of `margin` is ruled
     out, not when no loss was found. At least two episodes.
     """
-    return _margin_test(finite(differences, "differences"), margin, alpha, two_sided=False)
-
-
-def equivalence(
-    values: npt.ArrayLike, target: float, margin: float, alpha: float = 0.05
-) -> MarginTest:
-    """Test that the mean of `values` (n,) lies within `margin` of a fixed `target`.
-
-    Two one-sided t tests (Schuirmann 1987, https://doi.org/10.1007/BF01068419). The interval is of
-    mean - target. A published target is taken as exact: let the margin allow for its interval.
-    At least two values.
-    """
-    if not math.isfinite(target):
-        raise ValueError(f"target is {target}, not a finite number")
-    return _margin_test(finite(values, "values") - target, margin, alpha, two_sided=True)
+    d = finite(differences, "differences")
+    if not (margin > 0 and math.isfinite(margin)):
+        raise ValueError(f"margin is {margin}, not a positive number")
+    inside_unit(2 * alpha, "twice alpha")
+    error = _deviation(d) / math.sqrt(d.size)
+    interval = mean_interval(d, 1 - 2 * alpha)
+    p = _t_tail(_quotient(interval.estimate + margin, error), d.size - 1)
+    return MarginTest(interval, margin, p, p < alpha)
 
 
 # Times and bytes
@@ -536,15 +529,3 @@ def _errors_to_detect(freedom: int, power: float, alpha: float) -> float:
         # what the series below, which then has no end, comes to.
         return critical * math.sqrt(float(special.chdtri(freedom, 1 - power)) / freedom)
     return float(special.nctdtrinc(freedom, 1 - power, critical))
-
-
-def _margin_test(d: Floats, margin: float, alpha: float, two_sided: bool) -> MarginTest:
-    if not (margin > 0 and math.isfinite(margin)):
-        raise ValueError(f"margin is {margin}, not a positive number")
-    inside_unit(2 * alpha, "twice alpha")
-    error = _deviation(d) / math.sqrt(d.size)
-    interval = mean_interval(d, 1 - 2 * alpha)
-    p = _t_tail(_quotient(interval.estimate + margin, error), d.size - 1)
-    if two_sided:
-        p = max(p, _t_tail(_quotient(margin - interval.estimate, error), d.size - 1))
-    return MarginTest(interval, margin, p, p < alpha)

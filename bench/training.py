@@ -24,7 +24,7 @@ from datasets import EpisodeLoader, Source
 
 
 @dataclass
-class Progress:
+class Iteration:
     """What a training tells whoever watches, after each iteration; ``seconds`` are those of the
     meta-steps since it last told."""
 
@@ -82,7 +82,7 @@ def train(
     *,
     source: str = "",
     data: Mapping[str, str] = MappingProxyType({}),
-    report: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Iteration], None] = lambda progress: None,
     interrupted: Callable[[], bool] = lambda: False,
     team: Team = ALONE,
 ) -> tuple[Algorithm, Log]:
@@ -170,7 +170,7 @@ class _Training:
         learned = [{"params": algorithm.parameters()}]
         self.optimizer = kinds[cell.meta_optimizer](learned, lr=cell.meta_lr)
 
-    def step(self, batches: EpisodeLoader, iteration: int) -> Progress:
+    def step(self, batches: EpisodeLoader, iteration: int) -> Iteration:
         """One meta-step: the outer optimizer on the meta-gradient of one batch."""
         cell, team = self.cell, self.team
         # What an algorithm draws itself is a function of the iteration, so that a training that was
@@ -199,9 +199,9 @@ class _Training:
         self.log.seconds.append(time.perf_counter() - began)
         if not abs(loss) < float("inf"):
             raise DivergedError(f"the loss is {loss}", iteration + 1)
-        return Progress(iteration + 1, loss, metric, self.log.seconds[-1])
+        return Iteration(iteration + 1, loss, metric, self.log.seconds[-1])
 
-    def past(self) -> Iterator[Progress]:
+    def past(self) -> Iterator[Iteration]:
         """What is to be told of the iterations that are in the log."""
         log, told = self.log, 0
         validated = dict(zip(log.val_iteration, log.val_metric, strict=True))
@@ -209,7 +209,7 @@ class _Training:
             own = slice(told, count)
             told = count
             loss, metric = log.loss[count - 1], log.metric[count - 1]
-            yield Progress(count, loss, metric, sum(log.seconds[own]), validated.get(count))
+            yield Iteration(count, loss, metric, sum(log.seconds[own]), validated.get(count))
 
     def validate(self, source: Source, iteration: int) -> float:
         """Score on validation episodes, and keep the parameters if they are the best so far."""

@@ -35,7 +35,7 @@ from bench.making import STATE, Sources
 from bench.plugins import load_plugin
 from bench.store import REQUIRED
 from bench.sweep import Cell
-from bench.training import Progress
+from bench.training import Iteration
 
 PORT = 6379
 
@@ -252,7 +252,7 @@ class _Sending(Telling):
         self.send = send
         self.sent = self._written()
 
-    def iteration(self, progress: Progress) -> None:
+    def iteration(self, progress: Iteration) -> None:
         super().iteration(progress)
         if (written := self._written()) != self.sent:
             self.sent = written

@@ -16,7 +16,7 @@ from bench.files import make_folder
 from bench.making import Sources, train_and_evaluate
 from bench.store import source_hash
 from bench.sweep import Cell
-from bench.training import Progress
+from bench.training import Iteration
 
 TELL_SECONDS = 0.5
 """How often, at most, a worker tells how far a cell is."""
@@ -35,7 +35,7 @@ class Telling:
     def training(self, cell: Cell) -> None:
         self._tell("training", 0, cell.iterations)
 
-    def iteration(self, progress: Progress) -> None:
+    def iteration(self, progress: Iteration) -> None:
         done, total = progress.iteration, self.cell.iterations
         self._tell("training", done, total, f"loss {progress.loss:.3f}")
 

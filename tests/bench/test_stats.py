@@ -431,24 +431,11 @@ def test_non_inferiority_passes_what_is_identical_and_not_what_loses_the_margin(
     assert 0.03 <= share(stats.non_inferiority(d, 1).passed for d in at_margin) <= 0.07
 
 
-def test_equivalence_agrees_with_scipy_and_its_interval():
-    x = np.random.default_rng(0).normal(0.99, 0.02, 100)
-    for margin in (0.002, 0.005, 0.01):
-        test = stats.equivalence(x, 0.987, margin)
-        below = scipy_stats.ttest_1samp(x, 0.987 - margin, alternative="greater").pvalue
-        above = scipy_stats.ttest_1samp(x, 0.987 + margin, alternative="less").pvalue
-        assert test.p == pytest.approx(max(below, above))
-        inside = -margin < test.interval.low and test.interval.high < margin
-        assert test.passed == inside
-        assert test.interval.estimate == pytest.approx(x.mean() - 0.987)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: stats.non_inferiority([1, 2], 0), "margin is 0"),
-        (lambda: stats.equivalence([1, 2], 1, math.nan), "margin is nan"),
-        (lambda: stats.equivalence([1, 2], math.inf, 1), "target is inf"),
+        (lambda: stats.non_inferiority([1, 2], math.nan), "margin is nan"),
         (lambda: stats.non_inferiority([1], 1), "at least 2"),
         (lambda: stats.non_inferiority([1, 2], 1, alpha=0.5), "twice alpha is 1.0"),
         (lambda: stats.resolvable_difference([1]), "at least 2"),
@@ -647,7 +634,6 @@ def test_rankings_refuse_what_makes_no_sense(call, message):
         lambda x: stats.paired_ratio(x, x),
         lambda x: stats.episodes_to_resolve(x, 1),
         lambda x: stats.non_inferiority(x, 1),
-        lambda x: stats.equivalence(x, 1, 1),
         rankings.holm,
     ],
 )

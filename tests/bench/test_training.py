@@ -12,7 +12,7 @@ from algorithms.base import Batch, Scores
 from bench.checkpoints import read_tensors
 from bench.errors import CellError, DivergedError
 from bench.sweep import Cell
-from bench.training import Progress, build, meta_lr, train
+from bench.training import Iteration, build, meta_lr, train
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_the_highest_accuracy_is_kept_and_the_lowest_error(
 def test_what_was_done_before_an_interruption_is_told_again(
     cell: Cell, splits, tmp_path: Path
 ) -> None:
-    told: list[Progress] = []
+    told: list[Iteration] = []
     with pytest.raises(KeyboardInterrupt):
         train(cell, *splits, tmp_path / "s", interrupted=interrupted_after(12))
     _, log = train(cell, *splits, tmp_path / "s", report=told.append)

@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 
 from bench.sweep import Sweep
-from bench.training import Progress, train
+from bench.training import Iteration, train
 from datasets import get
 
 SETTLED = 0.2
@@ -49,7 +49,7 @@ def soak(engine: str, iterations: int, checkpoint: Path) -> pd.DataFrame:
     every = max(1, iterations // SAMPLES)
     rows = []
 
-    def note(progress: Progress) -> None:
+    def note(progress: Iteration) -> None:
         if progress.iteration % every == 0:
             held = process.memory_info().rss, process.num_fds(), process.num_threads()
             rows.append((progress.iteration, *held))
