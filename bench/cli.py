@@ -401,9 +401,9 @@ def compare(
     from bench import comparison
 
     found = comparison.compare(runs, accept_changed_code)
-    written = found.write(runs[0])
-    for line in [*found.lines(), *(f"written: {path}" for path in written)]:
-        print(line)
+    print("\n".join(found.lines()), flush=True)  # also where the folder cannot be written
+    for path in found.write(runs[0]):
+        print(f"written: {path}")
 
 
 @app.command()

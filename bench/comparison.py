@@ -202,12 +202,19 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 @dataclass(frozen=True)
 class Comparison:
-    """What runs show: a row a pair, what there is to say of all settings together, and what else a
-    reader must know."""
+    """What runs show.
+
+    Attributes:
+        rows: one a pair.
+        ranks, aggregate: what there is to say of all settings together.
+        left_out: pairs that are not compared, and why.
+        notes: what else a reader must know.
+    """
 
     rows: list[Row]
     ranks: Ranks | None
     aggregate: Aggregate | None
+    left_out: list[str]
     notes: list[str]
 
     @property
@@ -225,7 +232,7 @@ class Comparison:
         )
         several = len({row.device for row in self.rows}) > 1
         sentences = [row.sentence(device=several) for row in self.rows]
-        return [heading, *sentences, *self.overall, *self.notes]
+        return [heading, *sentences, *self.overall, *self.left_out, *self.notes]
 
     @property
     def overall(self) -> list[str]:
@@ -311,13 +318,13 @@ def compared(
         raise BenchError(f"there is nothing to compare: {why}")
     own = TUNED - set(varied(entrant.row for entrant in field))
     rows = [_row(a, b, names, own, ALPHA / len(pairs)) for a, b in pairs]
-    notes += [*left_out, *_doubts(results), *_reuse(results)]
+    notes += [*_doubts(results), *_reuse(results)]
     device = main_device(field)
     mine = [entrant for entrant in field if entrant.any.cell.device == device]
     settings = blocks(mine, names)
     if len(mine) < len(field) and len(settings) > 1:
         notes.append(f"what is said of all settings is of the cells on {device}")
-    return Comparison(_corrected(rows), rank(settings), aggregate(settings), notes)
+    return Comparison(_corrected(rows), rank(settings), aggregate(settings), left_out, notes)
 
 
 def _pair_up(

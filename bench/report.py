@@ -141,35 +141,35 @@ def write(folder: Path) -> list[Path]:
     """
     run = Run(folder)
     found = tables.read(run)
-    comparison, notes = _compared(found, run.lost())
-    rows, overall = (comparison.rows, comparison.overall) if comparison else ([], [])
+    comparison = compared_pairs(found, run.lost())
+    said = [*comparison.overall, *comparison.left_out, *comparison.notes]
     command = reproduction(found.sweep) if found.sweep else ""
     name = folder.resolve().name
     documents = {
-        "report.html": page(folder, found, comparison, notes),
-        "report.md": paper.markdown(name, found, rows, overall + notes, command),
-        "table.tex": paper.latex(found, rows),
+        "report.html": page(folder, found, comparison),
+        "report.md": paper.markdown(name, found, comparison.rows, said, command),
+        "table.tex": paper.latex(found, comparison.rows),
     }
     try:
         for file, text in documents.items():
             write_text(folder / file, text)
         written = [folder / file for file in documents]
-        if comparison is not None:
+        if comparison.rows:
             written += comparison.write(folder)
         return written + plots.draw_tables(found, run.figures)
     except OSError as error:
         raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
 
 
-def _compared(found: Tables, lost: Sequence[Cell]) -> tuple[Comparison | None, list[str]]:
-    """The run's comparison and its notes, or why there is none."""
-    if not found.results:
-        return None, ["No pairs: no cell is complete."]
-    try:
-        comparison = compared(found.results, lost, accept_changed_code=True)
-    except BenchError as error:
-        return None, [f"No pairs: {error}."]
-    return comparison, comparison.notes
+def compared_pairs(found: Tables, lost: Sequence[Cell]) -> Comparison:
+    """The run's comparison; where no pair can be, it says why."""
+    why = "no cell is complete"
+    if found.results:
+        try:
+            return compared(found.results, lost, accept_changed_code=True)
+        except BenchError as error:
+            why = str(error)
+    return Comparison([], None, None, [f"No pairs: {why}."], [])
 
 
 def reproduction(sweep: Sweep) -> str:
@@ -195,10 +195,9 @@ def _list(values: Sequence[Any]) -> str:
 # The page
 
 
-def page(folder: Path, found: Tables, comparison: Comparison | None, notes: Sequence[str]) -> str:
+def page(folder: Path, found: Tables, comparison: Comparison) -> str:
     """A run as one HTML file."""
-    rows, overall = (comparison.rows, comparison.overall) if comparison else ([], [])
-    ranks = comparison.ranks if comparison else None
+    rows, ranks = comparison.rows, comparison.ranks
     tasks = findings.tasks(found.leaderboard)
     style, script = _text("report.css"), _text("report.js")
     sweep = found.sweep
@@ -215,13 +214,13 @@ def page(folder: Path, found: Tables, comparison: Comparison | None, notes: Sequ
         counts=_counts(found, tasks),
         verdicts=[findings.verdict(task, rows) for task in tasks],
         **_leaderboard(found, tasks),
-        notes=[note for note in notes if not note.startswith("left out")],
+        notes=comparison.notes,
         tasks=tasks,
         charts=_charts(found),
         matrices=[_matrix(task, mine) for task in tasks if (mine := findings.pairs(task, rows))],
-        overall=overall,
+        overall=comparison.overall,
         ranks=_picture(ranks.diagram()) if ranks else "",
-        comparison_note=" ".join(n for n in notes if not rows or n.startswith("left out")),
+        comparison_note=" ".join(comparison.left_out),
         faults=found.faults.to_dict("records"),
         fault_counts=_fault_counts(found.faults),
         command=reproduction(sweep) if sweep else "",

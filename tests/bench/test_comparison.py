@@ -172,9 +172,8 @@ def test_cells_that_met_other_episodes_are_never_paired(tmp_path: Path) -> None:
     put(tmp_path, cell_of("reptile", episodes=50), scores_of(0.6, 50))
     found = compare([tmp_path])
     assert [(row.algorithm_a, row.algorithm_b) for row in found.rows] == [("fomaml", "maml")]
-    left_out = [note for note in found.notes if note.startswith("left out")]
-    assert len([note for note in left_out if "100 of glyphs/test" in note]) == 3
-    assert any("anil and maml" in note and "seed=1" in note for note in left_out)
+    assert len([note for note in found.left_out if "100 of glyphs/test" in note]) == 3
+    assert any("anil and maml" in note and "seed=1" in note for note in found.left_out)
 
 
 def test_costs_of_different_sessions_are_not_set_against_each_other(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def everything(run: Run) -> tuple[tables.Tables, str]:
     compared = comparison.compare([run.folder], accept_changed_code=True)
     run.summary()
     lines = compared.lines()
-    page = report.page(run.folder, found, compared, lines)
+    page = report.page(run.folder, found, compared)
     documents = [page, paper.markdown("r", found, compared.rows, lines, "")]
     documents += [paper.latex(found, compared.rows), *lines]
     documents.append(check(run.folder, run.folder).markdown())
@@ -256,7 +256,7 @@ def test_names_are_text_in_every_document(tmp_path: Path) -> None:
     run = nasty(tmp_path / "run")
     found = tables.read(run)
     compared = comparison.compare([run.folder])
-    html = report.page(run.folder, found, compared, compared.notes)
+    html = report.page(run.folder, found, compared)
     markdown = paper.markdown(NASTY[0], found, compared.rows, compared.notes, "x ``` y")
     latex = paper.latex(found, compared.rows)
     plots.draw_all(run.summary().head(4), run.figures)

@@ -288,8 +288,7 @@ def test_latex_escapes() -> None:
 
 def test_a_verdict_names_the_leader_and_what_it_is_told_apart_from(run: Run) -> None:
     found = tables.read(run)
-    comparison, _ = report._compared(found, [])
-    assert comparison is not None
+    comparison = report.compared_pairs(found, [])
     tasks = findings.tasks(found.leaderboard)
     sinusoid = next(task for task in tasks if task.name == "sinusoid, 10-shot")
     verdict = findings.verdict(sinusoid, comparison.rows)
@@ -580,10 +579,9 @@ def test_what_comes_from_data_is_text(page) -> None:
 def test_no_name_runs_or_becomes_markup(browser, tmp_path: Path) -> None:
     run = nasty(tmp_path / "run")
     found = tables.read(run)
-    comparison, notes = report._compared(found, [])
-    assert comparison is not None
+    comparison = report.compared_pairs(found, [])
     path = tmp_path / "report.html"
-    path.write_text(report.page(run.folder, found, comparison, notes))
+    path.write_text(report.page(run.folder, found, comparison))
     page = browser.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))  # a refusal of the policy too
@@ -643,8 +641,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(page) -> None:
 
 def test_a_leader_that_another_beats_on_their_seeds_is_no_leader_alone(run: Run) -> None:
     found = tables.read(run)
-    comparison, _ = report._compared(found, [])
-    assert comparison is not None
+    comparison = report.compared_pairs(found, [])
     task = next(t for t in findings.tasks(found.leaderboard) if t.name == "sinusoid, 10-shot")
     (row,) = findings.pairs(task, comparison.rows)
     turned = [replace(row, better="maml")]
@@ -749,8 +746,7 @@ def test_the_leaderboard_of_the_page_shows_both_half_widths(run: Run) -> None:
 
 def test_a_difference_is_row_minus_column_with_its_interval(run: Run) -> None:
     found = tables.read(run)
-    comparison, _ = report._compared(found, [])
-    assert comparison is not None
+    comparison = report.compared_pairs(found, [])
     task = findings.tasks(found.leaderboard)[0]
     rows = findings.pairs(task, comparison.rows)
     matrix = report._matrix(task, rows)

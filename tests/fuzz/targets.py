@@ -130,7 +130,7 @@ def _cell(data: bytes, folder: Path) -> None:
     and this as its failures.json: it is refused in a line, or everything that reads a run goes on
     with it."""
     # Here, because it takes seconds, and other targets read no results.
-    from bench import comparison, paper, report, tables
+    from bench import paper, report, tables
     from bench.regression import check
     from bench.store import RECORD, Run
     from bench.sweep import Cell
@@ -162,14 +162,10 @@ def _cell(data: bytes, folder: Path) -> None:
         return
     found = tables.read(run)
     run.summary()
-    try:
-        compared = comparison.compare([run.folder], accept_changed_code=True)
-        rows, notes = compared.rows, compared.lines()
-    except BenchError as error:
-        compared, rows, notes = None, [], [str(error)]
-    report.page(run.folder, found, compared, notes).encode()
-    paper.markdown("run", found, rows, notes, "").encode()
-    paper.latex(found, rows).encode()
+    compared = report.compared_pairs(found, run.lost())
+    report.page(run.folder, found, compared).encode()
+    paper.markdown("run", found, compared.rows, compared.lines(), "").encode()
+    paper.latex(found, compared.rows).encode()
     check(run.folder, run.folder).markdown().encode()
 
 
