@@ -23,8 +23,9 @@ import datasets
 from algorithms import AlgorithmError
 from algorithms.models import MODELS
 from bench.errors import BenchError, RunError, printable
+from bench.naming import names, said, varied
 from bench.plugins import load_plugin, trusted
-from bench.sweep import OPTIONS, Cell, Sweep, names, read_sweep, said, varied
+from bench.sweep import OPTIONS, Cell, Sweep, read_sweep
 from datasets import DatasetError
 
 app = typer.Typer(

@@ -18,6 +18,8 @@ import pandas as pd
 
 from bench.errors import BenchError
 from bench.files import write_text
+from bench.naming import names as cell_names
+from bench.naming import said, varied
 from bench.overall import Aggregate, Block, Ranks, aggregate, rank, said_p
 from bench.plots import save
 from bench.rankings import holm
@@ -49,8 +51,7 @@ from bench.stats import (
 )
 from bench.store import Run
 from bench.summary import reuse_notes
-from bench.sweep import Cell, said, varied
-from bench.sweep import names as cell_names
+from bench.sweep import Cell
 from bench.wording import decimals
 
 ALPHA = 0.05

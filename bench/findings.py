@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from bench.comparison import Row
-from bench.sweep import SETTING
+from bench.naming import SETTING
 from bench.tables import unlike
 from bench.wording import score
 

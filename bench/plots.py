@@ -19,8 +19,8 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from bench.failures import lost
 from bench.files import whole
+from bench.naming import PLACE, in_order, labelled
 from bench.stats import mean_interval
-from bench.sweep import PLACE, in_order, labelled
 from bench.tables import COSTS, Tables, best_first
 from bench.wording import OVERS
 

@@ -18,9 +18,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bench.naming import names
 from bench.store import Record
 from bench.summary import unit_score
-from bench.sweep import Cell, names
+from bench.sweep import Cell
 from bench.training import Iteration
 
 LINE_SECONDS = 30.0

@@ -21,11 +21,12 @@ from scipy import stats as distributions
 
 from bench.errors import BenchError
 from bench.measure import CALIBRATION, EVALUATION, STEP
+from bench.naming import told_apart
 from bench.paper import md
 from bench.results import Entrant, Result, damage_notes, differing, of_other_data, read
 from bench.stats import Floats, Interval, episodes_to_resolve, non_inferiority
 from bench.store import Run, outcome
-from bench.sweep import Cell, told_apart
+from bench.sweep import Cell
 
 Verdict = Literal["ok", "worse", "not ruled out", "too noisy"]
 ALARMS: tuple[Verdict, Verdict] = ("worse", "not ruled out")

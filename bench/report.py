@@ -36,10 +36,11 @@ from bench.failures import lost, scoreless
 from bench.files import write_text
 from bench.findings import Task
 from bench.measure import GROWTH_TASKS
+from bench.naming import SETTING
 from bench.paper import plain
 from bench.reading import read_json
 from bench.store import Run
-from bench.sweep import SETTING, Cell, Sweep
+from bench.sweep import Cell, Sweep
 from bench.tables import COSTS, FAIRNESS, Tables
 from bench.wording import decimals, digits_of
 

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from bench.errors import BenchError, DamagedError, printable
 from bench.measure import STEP
+from bench.naming import labelled
 from bench.reading import is_score, read_performance
 from bench.stats import Floats, finite
 from bench.store import PERFORMANCE, RECORD, Record, Run, in_order_of_settings
-from bench.sweep import Cell, labelled
+from bench.sweep import Cell
 
 MEASURED = ("phase", "repeat", "seconds", "process_seconds", "peak_bytes", "session")
 MOST_NAMED = 10
@@ -214,7 +215,7 @@ class Entrant:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The algorithm and the settings, as :func:`bench.sweep.labelled` takes them."""
+        """The algorithm and the settings, as :func:`bench.naming.labelled` takes them."""
         own = {name: value for name, value in self.settings.items() if name not in COUNTS}
         return {"algorithm": self.algorithm, **own}
 

@@ -23,11 +23,12 @@ from bench.errors import BenchError
 from bench.failures import failure_of
 from bench.files import write_table, write_text
 from bench.making import Sources, check_gradient, data_hash
+from bench.naming import said
 from bench.reading import read_json
 from bench.runner import check_device, check_training, tried_out
 from bench.signals import interruptible
 from bench.store import source_hash, to_json
-from bench.sweep import Cell, Sweep, literal, said, stream_seed, value_of
+from bench.sweep import Cell, Sweep, literal, stream_seed, value_of
 from bench.training import Iteration, train
 
 try:

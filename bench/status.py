@@ -26,8 +26,9 @@ from algorithms import AlgorithmError
 from bench.errors import BenchError
 from bench.making import STATE
 from bench.measure import EPISODES, REPEATS, WARM_UP
+from bench.naming import names
 from bench.store import CHECKPOINT, RECORD, TRAINED, Record, Run
-from bench.sweep import Cell, Sweep, names, read_sweep
+from bench.sweep import Cell, Sweep, read_sweep
 from bench.training import validations
 from datasets import DatasetError
 

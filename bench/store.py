@@ -32,8 +32,9 @@ import datasets
 from bench.environment import MAKER, environment
 from bench.errors import BenchError, DamagedError
 from bench.files import make_folder, storing, sync, write_table, write_text
+from bench.naming import in_order, names, varied
 from bench.reading import cell_of, failures_of, figures_of, read_columns, read_json, word_of
-from bench.sweep import Cell, Sweep, in_order, names, varied
+from bench.sweep import Cell, Sweep
 
 SCORES = "episodes.parquet"
 TRAINING = "training.parquet"

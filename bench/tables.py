@@ -21,11 +21,12 @@ import pandas as pd
 
 from bench.errors import BenchError, DamagedError, printable
 from bench.measure import GROWTH
+from bench.naming import SETTING, in_order, names, said, varied
 from bench.reading import read_columns
 from bench.results import COUNTS, Entrant, Result, entrants, labels, load, why
 from bench.stats import Over, mean_interval
 from bench.store import TRAINING, Record, Run, outcome
-from bench.sweep import SETTING, Cell, Sweep, in_order, names, read_sweep, said, varied
+from bench.sweep import Cell, Sweep, read_sweep
 
 FAIRNESS = (
     *("test_shots", "train_shots", "inner_steps", "eval_steps", "norm", "meta_batch"),

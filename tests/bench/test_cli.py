@@ -15,8 +15,9 @@ import pytest
 
 from bench import measure, runner
 from bench.cli import main
+from bench.naming import said
 from bench.store import SUMMARY_COLUMNS, Run
-from bench.sweep import Sweep, said
+from bench.sweep import Sweep
 from tests.bench.conftest import QUICK, TINY, measured_here
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,8 @@ import tomli_w
 import algorithms
 import datasets
 from bench.errors import BenchError
-from bench.sweep import Cell, Sweep, names, read_sweep, stream_seed, tomllib
+from bench.naming import names
+from bench.sweep import Cell, Sweep, read_sweep, stream_seed, tomllib
 
 
 def cells(**asked):
