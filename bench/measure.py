@@ -329,6 +329,12 @@ def measure(
     return [pd.DataFrame(found).assign(session=session) for found in rows]
 
 
+def seconds_to_measure(step: float, episode: float) -> float:
+    """About how long it takes to measure a cell of which a meta-step and an evaluation episode take
+    so many seconds."""
+    return (WARM_UP + REPEATS) * (step + EPISODES * episode)
+
+
 def headline(performance: pd.DataFrame) -> dict[str, Any]:
     """The summary's columns of one cell's measurements; what was not measured is left out.
 

@@ -31,7 +31,7 @@ from bench.reading import cell_of
 from bench.signals import Interrupted, interruptible
 from bench.store import PERFORMANCE, Record, Run, source_hash
 from bench.sweep import Cell, Sweep
-from bench.training import build, train, validations
+from bench.training import build, evaluated, train
 from datasets import DatasetError
 
 Costs = Literal["alone", "beside", "never"]
@@ -494,7 +494,5 @@ def _estimate(cell: Cell, sources: Sources, costs: Costs) -> float:
         episode = subject.once(measure.EVALUATION, 1)["seconds"] / measure.EPISODES
     except CellError:  # as it diverges at once, which the run will note
         return math.nan
-    episodes = cell.episodes + validations(cell) * cell.val_episodes
-    turns = 0 if costs == "never" else measure.WARM_UP + measure.REPEATS
-    measuring = turns * (step + measure.EPISODES * episode)
-    return float(cell.iterations * step + episodes * episode + measuring)
+    measuring = 0.0 if costs == "never" else measure.seconds_to_measure(step, episode)
+    return float(cell.iterations * step + evaluated(cell) * episode + measuring)

@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from algorithms import AlgorithmError
 from bench.errors import BenchError
 from bench.making import STATE
-from bench.measure import EPISODES, REPEATS, WARM_UP
+from bench.measure import seconds_to_measure
 from bench.naming import names
 from bench.store import CHECKPOINT, RECORD, TRAINED, Record, Run
 from bench.sweep import Cell, Sweep, read_sweep
-from bench.training import validations
+from bench.training import evaluated
 from datasets import DatasetError
 
 COMPLETE, FAILED, RUNNING, STOPPED = 0, 1, 3, 4
@@ -312,9 +312,7 @@ def costs(record: Record) -> tuple[float, float, float] | None:
         episode = float(figures["eval_ms_per_episode"]) / 1e3
     except (KeyError, TypeError):
         return None
-    validated = cell.val_episodes * validations(cell)
-    testing = episode * (cell.episodes + validated)
-    return train, testing, (WARM_UP + REPEATS) * (step + EPISODES * episode)
+    return train, episode * evaluated(cell), seconds_to_measure(step, episode)
 
 
 def kind(cell: Cell) -> str:

@@ -277,6 +277,11 @@ def validation_interval(cell: Cell) -> int:
     return cell.val_every or max(1, cell.iterations // 4)
 
 
+def evaluated(cell: Cell) -> int:
+    """How many episodes a cell is evaluated on, those of its validations included."""
+    return cell.episodes + validations(cell) * cell.val_episodes
+
+
 def validations(cell: Cell) -> int:
     """How many a training has, the one at its end among them."""
     return -(-cell.iterations // validation_interval(cell))

@@ -48,6 +48,16 @@ def test_initialisation_is_glorots_with_zero_biases_and_a_normal_head_for_the_me
     )
 
 
+def test_conv4_starts_as_torchs_layers_do() -> None:
+    """Uniform in 1 / sqrt(inputs of an output): Glorot's of the second layer would be wider."""
+    model = models.build("conv4", (1, 28, 28), 5, seed=0)
+    for layer in (module for module in model.modules() if hasattr(module, "weight")):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            bound = layer.weight[0].numel() ** -0.5
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+    assert model.head.bias.any()
+
+
 def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)

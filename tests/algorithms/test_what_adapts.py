@@ -120,6 +120,36 @@ def test_hyperparameters_are_those_that_mean_something() -> None:
         make("protonet", inner_lr=0.1)
 
 
+def test_cavia_starts_as_the_network_that_it_modulates() -> None:
+    cavia, batch = make("cavia", contexts=4), derivation.make_batch()
+    plain = make("maml")
+    plain.model.load_state_dict({n: v for n, v in cavia.state_dict().items() if "/" not in n})
+    assert cavia.film.generator.weight.any()
+    torch.testing.assert_close(cavia.evaluate(batch, 0).loss, plain.evaluate(batch, 0).loss)
+
+
+def test_maml_pp_takes_the_last_rate_for_steps_beyond_those_it_learned() -> None:
+    algorithm, batch = make("maml_pp", inner_steps=2, inner_lr=0.1), derivation.make_batch()
+    with torch.no_grad():
+        for name in algorithm.adapted():
+            algorithm.beside[f"rates.{name}"].copy_(torch.tensor([0.3, 0.05]))
+    name = algorithm.adapted()[0]
+    assert [float(algorithm.rate(name, step)) for step in (0, 1, 2, 9)] == pytest.approx(
+        [0.3, 0.05, 0.05, 0.05]
+    )
+    assert algorithm.evaluate(batch, 4).loss.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune_pp"])
+def test_a_classifier_of_the_baselines_starts_without_biases(name: str) -> None:
+    algorithm = make(name, train_classes=7)
+    if name == "finetune":
+        biases = [v for n, v in algorithm.beside.items() if n.endswith("bias")]
+        assert biases
+        assert not any(bias.any() for bias in biases)
+    assert any(value.any() for value in algorithm.beside.values())
+
+
 def test_cavia_adapts_its_context_alone_and_never_learns_it() -> None:
     cavia, batch = make("cavia", contexts=4, inner_lr=1.0), derivation.make_batch()
     (context,) = cavia.adapted()

@@ -176,6 +176,18 @@ def test_cells_that_met_other_episodes_are_never_paired(tmp_path: Path) -> None:
     assert any("anil and maml" in note and "seed=1" in note for note in found.left_out)
 
 
+@pytest.mark.parametrize(("spread", "doubtful"), [(0.07, True), (0.1, False)])
+def test_scores_that_vary_less_than_coin_tosses_are_doubted(
+    tmp_path: Path, spread: float, doubtful: bool
+) -> None:
+    """25 fair answers an episode of which 60% are right scatter by 0.098."""
+    noise = (NOISE.permutation(100) - 49.5) / 29.01
+    for name in ("maml", "anil"):
+        put(tmp_path, cell_of(name, test_shots=5), 0.6 + spread * noise)
+    notes = [note for note in compare([tmp_path]).notes if note.startswith("doubtful")]
+    assert len(notes) == 2 * doubtful
+
+
 def test_costs_of_different_sessions_are_not_set_against_each_other(tmp_path: Path) -> None:
     put(tmp_path, cell_of("maml"), scores_of(0.6), costs(session="one"))
     put(tmp_path, cell_of("anil"), scores_of(0.6), costs(session="two"))

@@ -20,7 +20,7 @@ import datasets
 from bench import dispatch, measure
 from bench.errors import BenchError, StorageError
 from bench.executors import Began, Crew, Ended, Event, Job, Kit, Lost, Moved, Needs, hire, parcel
-from bench.executors.local import Local
+from bench.executors.local import Local, _gpu
 from bench.executors.worker import Telling, make
 from bench.failures import Failure
 from bench.making import Sources
@@ -166,6 +166,17 @@ def test_once_interrupted_nothing_is_handed_out_and_what_ends_still_counts() -> 
     assert set(crew.began) == {"maml", "fomaml"}
 
 
+def test_what_does_not_end_when_it_is_interrupted_is_not_waited_for(monkeypatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("bench.dispatch.time.monotonic", lambda: float(next(clock)))
+    crew = Scripted({"maml": itertools.repeat("hangs")}, 1)
+    with pytest.raises(KeyboardInterrupt):
+        handed_out(crew, lambda: len(crew.began) > 2)
+    assert crew.interrupted
+    assert set(crew.began) == {"maml"}
+    assert dispatch.GRACE_SECONDS / 2 < len(crew.began) < 2 * dispatch.GRACE_SECONDS
+
+
 def test_a_worker_whose_disk_is_full_ends_the_run() -> None:
     with pytest.raises(StorageError, match="No space left"):
         handed_out(Scripted({"fomaml": ["fills the disk"]}))
@@ -308,6 +319,13 @@ def test_processes_have_threads_and_gpus_of_their_own(monkeypatch, cell: Cell) -
         Local(3, Needs()).check([on_gpu])
     with pytest.raises(BenchError, match="ask for --devices cuda:0, not cuda:1"):
         Local(2, Needs()).check([cell.model_copy(update={"device": "cuda:1"})])
+
+
+def test_a_seat_has_the_gpu_of_its_number_among_those_that_may_be_seen(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [_gpu(seat) for seat in range(3)] == ["3", "5", "2"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [_gpu(seat) for seat in range(2)] == ["0", "1"]
 
 
 def test_cells_in_this_process_have_no_crew() -> None:

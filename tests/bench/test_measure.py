@@ -242,6 +242,29 @@ def test_who_measures_is_told_how_far_it_is(cell: Cell, monkeypatch) -> None:
     assert parts == [(done, total) for done in range(1, total + 1)]
 
 
+def test_a_measuring_process_that_never_answers_is_a_failed_cell(cell: Cell, monkeypatch) -> None:
+    monkeypatch.setattr(measure, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(measure, "PATIENCE_SECONDS", 0.05)
+    ours, _theirs = multiprocessing.Pipe()
+    with pytest.raises(measure.MeasuringError, match="did not answer"):
+        measure._ask(measure._Asked(cell, ours), "growth")
+
+
+def test_a_peak_is_measured_after_freed_memory_is_given_back(cell: Cell, monkeypatch) -> None:
+    """What a process keeps of an earlier step would hide the next one's peak."""
+    source = datasets.get("tiny")().load("train")
+    subject = measure.Subject(cell, source)
+    done: list[str] = []
+    monkeypatch.setattr(subject.meter, "give_back", lambda: done.append("given back"))
+    monkeypatch.setattr(subject.meter, "start", lambda: done.append("started"))
+    monkeypatch.setattr(subject.meter, "stop", lambda: {"peak_bytes": 1})
+    subject.peaks(0)
+    assert done == ["given back", "started"] * len(measure.PHASES)
+    done.clear()
+    subject.growth()
+    assert done == ["given back", "started"] * len(measure.GROWTH_STEPS)
+
+
 def test_who_is_interrupted_waits_for_no_answer_and_leaves_no_process(
     cell: Cell, monkeypatch
 ) -> None:

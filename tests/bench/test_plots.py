@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -106,6 +107,16 @@ def test_adaptation_is_drawn_at_its_means_in_per_cent(found) -> None:
     assert axis.lines[0].get_ydata() == pytest.approx(100 * first["mean"].to_numpy())
 
 
+def test_learning_is_drawn_of_validation_where_there_is_any(found) -> None:
+    for of in ("validation", "training"):
+        points = found.learning
+        if of == "training":
+            points = points[points["of"] == of]
+        axis = plots.learning(found.leaderboard, points, "iteration").axes[0]
+        mine = points[(points["entry"] == 0) & (points["of"] == of)]
+        assert axis.lines[0].get_ydata() == pytest.approx(100 * mine["mean"].to_numpy())
+
+
 def test_the_sensitivity_is_drawn_over_the_values_that_were_swept(tmp_path: Path) -> None:
     run = swept(tmp_path / "run")
     found = tables.read(run)
@@ -124,6 +135,14 @@ def test_the_sensitivity_is_drawn_over_the_values_that_were_swept(tmp_path: Path
     assert [label.get_text() for label in norms.get_xticklabels()] == ["single", "support"]
     drawn = {tuple(container.lines[0].get_ydata()) for container in rates.containers}
     assert tuple(100 * points.loc["inner_lr", "maml (norm single)"]) in drawn
+    bars = [
+        segment[:, 1]
+        for container in rates.containers
+        for segment in container.lines[2][0].get_segments()
+    ]
+    ends = 100 * found.sensitivity.query("axis == 'inner_lr'")[["low", "high"]].to_numpy()
+    assert len(bars) == 3 * len(rates.containers)
+    assert all(np.isclose(bar, ends).all(axis=1).any() for bar in bars)
     assert "over 2 seeds" in figure.get_supxlabel()
 
 

@@ -189,6 +189,28 @@ def test_a_changed_default_is_checked_and_named(tmp_path: Path) -> None:
     assert any("settings changed: inner_lr 0.1 -> 0.4" in note for note in found.notes)
 
 
+def test_cells_of_one_place_are_paired_by_their_settings(tmp_path: Path) -> None:
+    for rate, level in ((0.1, 0.0), (0.4, -0.2)):
+        for name in ("old", "new"):
+            put(tmp_path / name, cell_of(inner_lr=rate), BASE + level)
+    found = check(tmp_path / "new", tmp_path / "old")
+    assert [finding.change for finding in found.findings] == [0, 0]
+    assert {finding.setting for finding in found.findings} == {
+        "maml on glyphs 5-way 1-shot (inner_lr 0.1)",
+        "maml on glyphs 5-way 1-shot (inner_lr 0.4)",
+    }
+
+
+def test_too_few_episodes_are_said_to_be_how_many_too_few(tmp_path: Path) -> None:
+    """One-sided at 5% with 80% power: ((1.645 + 0.842) 0.2 / 0.01)^2 is 2,473."""
+    noise = np.random.default_rng(1).standard_normal(100)
+    put(tmp_path / "old", cell_of(), BASE)
+    put(tmp_path / "new", cell_of(), BASE + 0.2 * (noise - noise.mean()) / noise.std(ddof=1))
+    (finding,) = check(tmp_path / "new", tmp_path / "old").findings
+    needed = int(finding.remark.split(" ")[0].replace(",", ""))
+    assert needed == pytest.approx(2473, rel=0.01)
+
+
 def test_a_cell_that_fails_now_is_a_regression(tmp_path: Path) -> None:
     for name in ("old", "new"):
         put(tmp_path / name, cell_of(), BASE)

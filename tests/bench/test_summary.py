@@ -7,7 +7,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from bench.summary import seeds_table, summary_table
+from bench.summary import reuse_notes, seeds_table, summary_table
 
 ROW = {
     **{"dataset": "glyphs", "ways": 5, "shots": 1, "seed": 0, "test_shots": 5, "train_shots": 1},
@@ -76,6 +76,13 @@ def test_means_over_seeds_have_the_interval_of_seeds() -> None:
     found = lines(seeds_table(summary, ["inner_lr"]), 120)
     assert "maml glyphs 5w1s 0.1 2 61.0 ± 12.7%" in found
     assert "maml glyphs 5w1s 0.2 1 40.0%" in found
+
+
+def test_test_samples_that_are_used_again_are_said() -> None:
+    base = {"algorithm": "maml"}
+    assert reuse_notes(rows(base | {"sample_reuse": 1.0})) == []
+    (note,) = reuse_notes(rows(base | {"sample_reuse": 1.0}, base | {"sample_reuse": 1.2}))
+    assert "200 episodes use each of glyphs's test samples 1.2 times" in note
 
 
 def test_one_seed_has_no_mean_over_seeds() -> None:
