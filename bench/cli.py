@@ -236,7 +236,10 @@ def run(
     console = _terminal()
     team = distributed.join()
     if team.rank:
-        return runner.follow(sources, team)
+        try:
+            return runner.follow(sources, team)
+        finally:
+            team.leave()
     folder = out or runner.default_folder(cells)
     with distributed.led(team):
         with console.status("reading the data and checking gradients"):

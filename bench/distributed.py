@@ -69,7 +69,10 @@ class Team:
         return True
 
     def dismiss(self) -> None:
-        """The leader has no more work."""
+        """The leader has no more work, and leaves."""
+
+    def leave(self) -> None:
+        """End what ties this process to the others."""
 
 
 ALONE = Team()
@@ -79,6 +82,10 @@ class Workers(Team):
     """The processes that ``torchrun`` started."""
 
     def __init__(self) -> None:
+        # Before there is a group, which its functions' defaults would keep beyond its end; later on
+        # torch imports it by itself.
+        import torch.distributed.nn
+
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
@@ -109,6 +116,11 @@ class Workers(Team):
 
     def dismiss(self) -> None:
         self.told(None)
+        self.leave()
+
+    def leave(self) -> None:
+        # Threads of the group that are still there when Python ends abort the process now and
+        # then, and torchrun then kills the others.
         dist.destroy_process_group()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -18,16 +21,22 @@ from tests.bench.conftest import QUICK
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(processes: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def begin(processes: int, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *(launch if processes > 1 else []), *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
     )
+
+
+def start(processes: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    process = begin(processes, *arguments, cwd=cwd)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 3), (5, 2), (2, 4), (1, 1)])
@@ -77,6 +86,35 @@ def test_a_sweep_by_two_processes_equals_that_by_one_and_ends_once(tmp_path: Pat
     # Rounding can put a sample on the other side of a kink, and its episode with it.
     here, there = (run.scores(cell)["loss"] for run in (one, two))
     assert ((here - there).abs() < 1e-3).mean() > 0.8
+
+
+def test_a_team_that_is_interrupted_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """Only its leader hears of it, and all stop after the same iteration."""
+    asked = ("-m", "bench", "run", "--algos", "dawdling", *QUICK, "--iterations", "60")
+    asked += ("--costs", "never")
+    assert start(2, *asked, "--out", "whole", cwd=tmp_path).returncode == 0
+    cut = begin(2, *asked, "--out", "cut", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("cells/.*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (leader,) = (
+        process
+        for process in psutil.Process(cut.pid).children()
+        if process.environ().get("RANK") == "0"
+    )
+    leader.send_signal(signal.SIGINT)
+    out, _ = cut.communicate(timeout=120)
+    assert cut.returncode != 0
+    assert "the same command goes on from here" in out
+    run = Run(tmp_path / "cut")
+    assert run.records() == []
+    assert list(run.cells.glob(".*/training.safetensors"))
+    done = start(2, *asked, "--out", "cut", cwd=tmp_path)
+    assert done.returncode == 0
+    (cell,) = (record.cell for record in run.records())
+    for name in ("episodes.parquet", "checkpoint.safetensors"):
+        files = [tmp_path / out / "cells" / cell.id / name for out in ("whole", "cut")]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_processes_cannot_share_is_said_once(tmp_path: Path) -> None:
