@@ -35,19 +35,24 @@ def summary_table(
         width: columns of the terminal; costs that do not fit are left out, which is said.
     """
     varying, shared = _settings(summary, swept)
-    notes = ["times: median of the repeats (interquartile range)"]
-    notes += [f"all: {', '.join(shared)}"] if shared else []
+    ordered = summary.sort_values(["dataset", "ways", "shots"], kind="stable")
+    rows = [row for _, row in ordered.iterrows()]
+    costs = {head: [cost(row) for row in rows] for head, cost in COSTS.items()}
+    measured = [head for head, each in costs.items() if any(each)]
     title = "± is the 95% interval over test episodes: this trained model on new tasks"
-    for shown in range(len(COSTS), -1, -1):
-        left_out = [" ".join(head.split()) for head in list(COSTS)[shown:]]
+    for count in range(len(measured), -1, -1):
+        shown, left_out = measured[:count], measured[count:]
+        timed = any(head.endswith("ms") for head in shown)
+        notes = ["times: median of the repeats (interquartile range)"] if timed else []
         if left_out:
-            notes[0] = f"too narrow for {', '.join(left_out)}: summary.csv has them"
-        table = _table(title, notes, varying, ["score", *list(COSTS)[:shown]])
-        for _, row in summary.sort_values(["dataset", "ways", "shots"], kind="stable").iterrows():
+            names = ", ".join(" ".join(head.split()) for head in left_out)
+            notes = [f"too narrow for {names}: summary.csv has them"]
+        notes += [f"all: {', '.join(shared)}"] if shared else []
+        table = _table(title, notes, varying, ["score", *shown])
+        for i, row in enumerate(rows):
             complete = row["status"] == "complete"
             said = unit_score(row) if complete else f"[red]{came_to_nothing(row)}[/red]"
-            costs = (cost(row) for cost in list(COSTS.values())[:shown])
-            table.add_row(*_name(row, varying), said, *costs)
+            table.add_row(*_name(row, varying), said, *(costs[head][i] for head in shown))
         if width is None or Console(width=WIDE).measure(table).maximum <= width:
             break
     return table
@@ -169,11 +174,8 @@ def reuse_notes(summary: pd.DataFrame) -> list[str]:
     reused = summary[(summary["sample_reuse"] > 1) & (summary["status"] == "complete")]
     for dataset, rows in reused.groupby("dataset"):
         wider = rows.get("ci95_classes", pd.Series(dtype=float)).dropna()
-        about = (
-            f" (± {100 * wider.min():.1f} to {100 * wider.max():.1f}%: ci95_classes)"
-            if len(wider)
-            else ""
-        )
+        ends = [f"{100 * end:.1f}" for end in (wider.min(), wider.max())]
+        about = f" (± {' to '.join(dict.fromkeys(ends))}%: ci95_classes)" if len(wider) else ""
         most = rows.sort_values("sample_reuse").iloc[-1]
         notes.append(
             f"note:  {most['episodes']} episodes use each of {dataset}'s test samples "

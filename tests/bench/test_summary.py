@@ -1,6 +1,7 @@
 """The table that a run ends with fits its terminal, and says what its numbers mean."""
 
 import io
+import math
 from typing import Any
 
 import pandas as pd
@@ -58,6 +59,15 @@ def test_a_setting_that_some_lack_is_a_whole_number_where_it_is_one() -> None:
     found = lines(summary_table(summary), 120)
     assert "maml glyphs 5w1s 1 66.6 ± 1.7% 1187 (84) 6.03 (0.46) 118" in found
     assert "protonet glyphs 5w1s 66.6 ± 1.7% 1187 (84) 6.03 (0.46) 118" in found
+
+
+def test_costs_that_were_not_measured_have_no_columns() -> None:
+    summary = unlike().assign(step_ms=math.nan, eval_ms_per_episode=math.nan)
+    found = lines(summary_table(summary), 120)
+    assert "algorithm episodes of shots steps steps score MiB" in found
+    bare = lines(summary_table(summary.assign(peak_memory_bytes=math.nan)), 120)
+    assert "algorithm episodes of shots steps steps score" in bare
+    assert not any("median" in line for line in bare)
 
 
 def test_an_error_says_which_it_is() -> None:
