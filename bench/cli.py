@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from bench.errors import BenchError, RunError, printable
 from bench.naming import names, said, varied
 from bench.plugins import load_plugin, trusted
 from bench.sweep import OPTIONS, Cell, Sweep, read_sweep
+from bench.wording import counted
 from datasets import DatasetError
 
 app = typer.Typer(
@@ -85,6 +87,22 @@ ACCEPT_CHANGED_CODE = typer.Option(
 RETRY_FAILED = typer.Option(
     "--retry-failed", help="Do again what failed before; else it is left as it is."
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fewshot-bench {metadata.version('fewshot-bench')}")
+        raise typer.Exit
+
+
+VERSION = typer.Option(
+    "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+)
+
+
+@app.callback()
+def shared(version: Annotated[bool, VERSION] = False) -> None:
+    """What all commands share."""
 
 
 @app.command(
@@ -218,7 +236,13 @@ def run(
     from bench.executors import hire
     from bench.making import Sources
     from bench.progress import Display
-    from bench.summary import challenge_notes, reuse_notes, seeds_table, summary_table
+    from bench.summary import (
+        challenge_notes,
+        gradient_notes,
+        reuse_notes,
+        seeds_table,
+        summary_table,
+    )
 
     sweep = read_sweep(config, {name: value for name, value in given.items() if name in known})
     crew = hire(
@@ -277,7 +301,7 @@ def run(
     console.print(f"table: {folder / 'summary.csv'}")
     if (plot := folder / "figures" / "accuracy.png").exists():
         console.print(f"plot:  {plot}")
-    for note in [*reuse_notes(mine), *challenge_notes(mine)]:
+    for note in [*reuse_notes(mine), *challenge_notes(mine), *gradient_notes(mine)]:
         console.print(note)
     if (mine["status"] != "complete").any():
         console.print(f"why cells failed: {folder / 'failures.json'}")
@@ -304,7 +328,7 @@ def _print_plan(cells: list[Cell], seconds: dict[str, float], console: Console) 
         )
     console.print(table)
     known = [value for value in seconds.values() if not math.isnan(value)]
-    console.print(f"{len(cells)} cells, about {sum(known) / 60:.1f} minutes")
+    console.print(f"{counted(len(cells), 'cell')}, about {sum(known) / 60:.1f} minutes")
 
 
 @app.command()

@@ -52,7 +52,7 @@ from bench.stats import (
 from bench.store import Run
 from bench.summary import reuse_notes
 from bench.sweep import Cell
-from bench.wording import decimals
+from bench.wording import counted, decimals
 
 ALPHA = 0.05
 TUNED = frozenset(
@@ -226,10 +226,10 @@ class Comparison:
     def lines(self) -> list[str]:
         """The comparison for a terminal."""
         heading = (
-            f"{len(self.rows)} comparisons on shared test episodes; p is corrected over all of "
-            "them. Intervals are 95%, each for itself: over episodes they speak of these trained "
-            "models on new tasks, over seeds of the algorithms trained again. Time and memory are "
-            "a meta-step's."
+            f"{counted(len(self.rows), 'comparison')} on shared test episodes; p is corrected over "
+            "all of them. Intervals are 95%, each for itself: over episodes they speak of these "
+            "trained models on new tasks, over seeds of the algorithms trained again. Time and "
+            "memory are a meta-step's."
         )
         several = len({row.device for row in self.rows}) > 1
         sentences = [row.sentence(device=several) for row in self.rows]

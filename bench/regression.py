@@ -120,7 +120,7 @@ class Check:
         """The outcome in one line."""
         count, missing = len(self.findings), []
         if self.missing:
-            missing = [f"{self.missing} cells of the baseline are not here"]
+            missing = [f"cells of the baseline that are not here: {self.missing}"]
         if self.regressed:
             counts = Counter(finding.verdict for finding in self.worse)
             said = ("got worse", "may have (a loss is not ruled out)")

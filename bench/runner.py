@@ -107,6 +107,8 @@ def check_training(cell: Cell, sources: Sources) -> None:
         BenchError, AlgorithmError, DatasetError: the first fault found, as one line.
     """
     training = sources.require(cell.dataset, "train", "cpu")
+    if training.outputs is None and cell.ways < 2:
+        raise BenchError("--ways 1 leaves nothing to choose between: give 2 or more")
     training.check(cell.train_spec(0))
     validation = sources.get(cell.dataset, "val", "cpu")
     if validation is not None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.stats import mean_interval
-from bench.wording import milliseconds, score
+from bench.wording import counted, milliseconds, score
 
 SETTINGS = (
     *("seed", "test_shots", "train_shots", "inner_steps", "eval_steps", "meta_batch"),
@@ -183,6 +183,18 @@ def reuse_notes(summary: pd.DataFrame) -> list[str]:
             f"uncertainty about new classes{about}; --protocol disjoint shares none"
         )
     return notes
+
+
+def gradient_notes(summary: pd.DataFrame) -> list[str]:
+    """How well the engines' gradients agree, where that was asked for."""
+    errors = summary["gradient_error"].dropna()
+    if errors.empty:
+        return []
+    worst = f"{errors.max():.1g}" if errors.max() else "0"
+    return [
+        f"note:  after training, gradients of {counted(len(errors), 'cell')} are within {worst} of "
+        "the reference's (gradient_error)"
+    ]
 
 
 PUBLISHED = {"people": 4.5, "BPL": 3.3, "siamese network": 8.0, "convolutional network": 13.5}

@@ -28,6 +28,11 @@ def score(row: pd.Series[Any] | Mapping[str, Any], half: str = "ci95") -> str:
     return f"{scale * row['mean']:.{digits}f}{width}{unit}"
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 cell``, ``2 cells``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def decimals(metric: str, *values: float) -> int:
     """Decimals to write scores with, the last of which is half of an interval: of accuracies, in
     per cent, one, or as many as show a digit of that; of an error three, or as many as show two

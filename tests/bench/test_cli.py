@@ -114,10 +114,12 @@ def test_algorithms_are_scored_on_the_same_episodes_and_timed_in_turns(
 
 def test_gradients_are_verified_after_training_where_asked(bench, tmp_path: Path) -> None:
     asked = ("--verify-gradients", "--checkpoint-inner", "--tasks-per-pass", "1")
-    status, _, err = bench("run", "--algos", "maml", *QUICK, *asked, "--out", "r")
+    status, out, err = bench("run", "--algos", "maml", *QUICK, *asked, "--out", "r")
     assert (status, err) == (0, "")
     (row,) = pd.read_csv(tmp_path / "r" / "summary.csv").to_dict("records")
     assert 0 < row["gradient_error"] < 1e-10
+    said = "after training, gradients of 1 cell are within "
+    assert float(out.split(said)[1].split()[0]) == pytest.approx(row["gradient_error"], rel=0.1)
     (record,) = Run(tmp_path / "r").records()
     own = record.cell.hyperparameters
     assert (own["checkpoint_inner"], own["tasks_per_pass"]) == (True, 1)
@@ -171,7 +173,7 @@ def test_a_training_that_diverges_is_shown_as_such_and_left_out(bench, tmp_path:
         (tmp_path / "r" / "figures" / "accuracy.svg").read_text()
     )
     _, out, _ = bench("compare", "r")
-    assert "1 comparisons" in out
+    assert "1 comparison on" in out
     left_out = "diverging tiny 5-way 1-shot seed 0 (diverged at iteration 1) in r"
     assert f"left out, for they have no score: {left_out}" in out
 
@@ -324,6 +326,12 @@ def test_what_interrupts_a_run_once_all_is_done_takes_nothing_from_it(
     assert len(Run(tmp_path / "r").records()) == 2
 
 
+def test_the_version_is_said(bench) -> None:
+    status, out, err = bench("--version")
+    assert (status, err) == (0, "")
+    assert re.fullmatch(r"fewshot-bench \d+\.\d+\.\d+\n", out)
+
+
 def test_why_a_network_is_not_batched_is_said_once(bench, tmp_path: Path) -> None:
     plugin = tmp_path / "net.py"
     plugin.write_text(
@@ -360,6 +368,7 @@ def test_costs_may_be_left_out(bench, tmp_path: Path, monkeypatch) -> None:
     ("arguments", "message"),
     [
         (("--algos", "mamml"), "no algorithm is called 'mamml'; did you mean 'maml'?"),
+        (("--ways", "1"), "--ways 1 leaves nothing to choose between: give 2 or more"),
         (("--shots", "0"), "shots: input should be greater than or equal to 1 (got 0)"),
         (("--seeds", "-1"), "seeds: input should be greater than or equal to 0 (got -1)"),
         (("--ways", "13"), "13 ways were asked for; tiny has in its train split 12 classes"),

@@ -163,10 +163,10 @@ def test_cells_without_a_counterpart_are_named_and_those_of_the_baseline_a_regre
     put(tmp_path / "new", cell_of("fomaml"), BASE)
     found = check(tmp_path / "new", tmp_path / "old")
     assert found.regressed
-    assert found.conclusion == "regression: 1 cells of the baseline are not here"
+    assert found.conclusion == "regression: cells of the baseline that are not here: 1"
     foreseen = check(tmp_path / "new", tmp_path / "old", allow_missing=True)
     assert not foreseen.regressed
-    assert foreseen.conclusion.endswith("1 cells of the baseline are not here")
+    assert foreseen.conclusion.endswith("cells of the baseline that are not here: 1")
     assert not check(tmp_path / "old", tmp_path / "old").regressed
     notes = "\n".join(found.notes)
     assert f"in {tmp_path / 'old'} alone: anil glyphs 5-way 1-shot seed 0" in notes
