@@ -20,11 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from algorithms.batched import BatchedInnerLoop
 from algorithms.inner_loop import (
+    NO_MOMENTS,
     OPTIMIZERS,
     Fast,
     HigherInnerLoop,
     InnerLoop,
     ModelError,
+    Moments,
     Tasks,
     UnsupportedError,
 )
@@ -94,6 +96,8 @@ class Algorithm(ABC):
         network: what the inner loop runs: the model, or a structure over its parameters.
         meta_parameters: the network's parameters that are meta-learned, by name.
         beside: what is meta-learned beside the network's parameters, by name.
+        carried: what a meta-step leaves to the next one, and to evaluations, besides gradients, by
+            name; processes that share a training average it, as they do gradients.
         task_seeds: seeds of the mini-batches that are drawn for each task of the batches to come,
             so that they do not hang on which process has the task; None, its value otherwise, draws
             them from torch's generator.
@@ -159,10 +163,12 @@ class Algorithm(ABC):
             name: value for name, value in self.network.named_parameters() if value.requires_grad
         }
         self.beside: dict[str, nn.Parameter] = {}
+        self.carried: dict[str, Tensor] = {}
         self._inner_settings: dict[str, Any] = {
             "rate": self.rate,
             "direction": self.direction,
             "optimizer": inner_optimizer,
+            "moments": self.moments,
             "clip": inner_clip,
             "proximal": self.proximal,
             "norm": norm,
@@ -226,6 +232,10 @@ class Algorithm(ABC):
         itself, unless a subclass differs; what changes it may be in :attr:`beside`."""
         return gradient
 
+    def moments(self) -> Moments:
+        """What an inner Adam knows when it begins a task: nothing, unless a subclass differs."""
+        return NO_MOMENTS
+
     def made_network(self) -> nn.Module:
         """What the inner loop runs: the model, unless a subclass differs; called once."""
         return self.model
@@ -263,8 +273,8 @@ class Algorithm(ABC):
         return [*self.meta_parameters.values(), *self.beside.values()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that meta-training changes: the model's state, and :attr:`beside` under names that
-        begin with the algorithm's."""
+        """All that meta-training changes: the model's state, and :attr:`beside` and
+        :attr:`carried` under names that begin with the algorithm's."""
         return self.model.state_dict() | self._beside_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -275,7 +285,8 @@ class Algorithm(ABC):
             value.copy_(state[name])
 
     def _beside_state(self) -> dict[str, Tensor]:
-        return {f"{self.name}/{name}": value.detach() for name, value in self.beside.items()}
+        beside = self.beside | self.carried
+        return {f"{self.name}/{name}": value.detach() for name, value in beside.items()}
 
     def meta_backward(self, batch: Batch) -> Scores:
         """Set ``.grad`` of each meta-parameter to the meta-gradient: the mean over the tasks.

@@ -31,8 +31,12 @@ from algorithms.batched_layers import (
     TaskWeights,
 )
 from algorithms.inner_loop import (
+    BETA2,
+    EPSILON,
+    NO_MOMENTS,
     Fast,
     InnerLoop,
+    Moments,
     Rate,
     Tasks,
     UnsupportedError,
@@ -104,7 +108,7 @@ class BatchedInnerLoop(InnerLoop):
         self, tasks: Tasks, steps: int, *, create_graph: bool, first_order: bool = False
     ) -> Iterator[Fast]:
         theta = fast = self.initial(len(tasks), create_graph=create_graph)
-        rule = _Adam(self.rate) if self.optimizer == "adam" else _SGD(self.rate)
+        rule = _SGD(self.rate) if self.optimizer == "sgd" else _Adam(self.rate, self.moments())
         recompute = self.checkpoint_inner and create_graph
         self._weights.remember = not recompute  # what is not kept cannot be shared by steps
         stepped = partial(
@@ -121,6 +125,8 @@ class BatchedInnerLoop(InnerLoop):
                     )
                 else:
                     fast, rule = stepped(step, fast, rule)
+                if isinstance(rule, _Adam) and rule.begun is not NO_MOMENTS:
+                    self.reached = rule.reached()
                 yield fast
         finally:
             self._weights.remember = False
@@ -302,25 +308,36 @@ class _SGD:
 
 
 class _Adam(_SGD):
-    """Adam with beta1 = 0, so that the first moment is the gradient itself."""
+    """Adam with beta1 = 0, so that the first moment is the gradient itself.
 
-    beta2, eps = 0.999, 1e-8
+    Args:
+        begun: the moments before the first step.
+        squares: those of now; None for those of the beginning.
+    """
 
-    def __init__(self, rate: Rate, steps: int = 0, moments: Fast | None = None) -> None:
+    def __init__(
+        self, rate: Rate, begun: Moments, steps: int = 0, squares: Fast | None = None
+    ) -> None:
         super().__init__(rate, steps)
-        self.moments = moments or {}
+        self.begun = begun
+        self.squares = begun.squares if squares is None else squares
 
     def step(self, fast: Fast, gradients: Fast) -> tuple[Fast, _SGD]:
-        stepped, moments = {}, dict(self.moments)
-        unbias = (1 - self.beta2 ** (self.steps + 1)) ** 0.5
+        stepped, squares = {}, dict(self.squares)
+        unbias = self.begun.after(self.steps + 1) ** 0.5
         for name, gradient in gradients.items():
-            moment = (1 - self.beta2) * gradient * gradient
-            if name in moments:
-                moment = self.beta2 * moments[name] + moment
-            moments[name] = moment
+            square = (1 - BETA2) * gradient * gradient
+            if name in squares:
+                square = BETA2 * squares[name] + square
+            squares[name] = square
             size = self.rate(name, self.steps) * unbias
-            stepped[name] = _less(fast[name], size, gradient / (_root(moment) + self.eps))
-        return stepped, _Adam(self.rate, self.steps + 1, moments)
+            stepped[name] = _less(fast[name], size, gradient / (_root(square) + EPSILON))
+        return stepped, _Adam(self.rate, self.begun, self.steps + 1, squares)
+
+    def reached(self) -> Moments:
+        """The moments of now, without a graph."""
+        squares = {name: square.detach() for name, square in self.squares.items()}
+        return Moments(squares, self.begun.after(self.steps))
 
 
 def _root(moment: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ this one built on ``higher`` does, or many at once, and the algorithms read the 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,6 +35,30 @@ Direction = Callable[[str, Tensor], Tensor]
 flow through it."""
 
 OPTIMIZERS = ("sgd", "adam")
+BETA2, EPSILON = 0.999, 1e-8
+"""Of the inner Adam, whose beta1 is 0."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What an inner Adam knows of gradients: averages of their squares over steps.
+
+    Attributes:
+        squares: of each parameter that adapts, ``(tasks, *shape)``, or ``(1, *shape)`` for all.
+        mass: the sum of the averages' weights, by which they are too small: 1 - beta2^t after t
+            steps.
+    """
+
+    squares: Fast
+    mass: float
+
+    def after(self, steps: int) -> float:
+        """The mass after so many further steps."""
+        return 1 - (1 - self.mass) * BETA2**steps
+
+
+NO_MOMENTS = Moments({}, 0.0)
+"""What Adam starts with, unless an algorithm keeps its moments."""
 
 
 class UnsupportedError(ValueError):
@@ -163,8 +188,8 @@ class InnerLoop(ABC):
         adapted: names of the parameters that the inner loop changes.
         rate: step size alpha of each parameter in each step.
         direction: what is done to a gradient, once it is clipped, before it is descended.
-        optimizer: ``"sgd"``, or ``"adam"`` with beta1 = 0 as in Nichol et al. 2018 (Reptile); its
-            moments start at zero in every task.
+        optimizer: ``"sgd"``, or ``"adam"`` with beta1 = 0 as in Nichol et al. 2018 (Reptile).
+        moments: what Adam starts with in every task.
         clip: bound on each element of the inner gradient, or None.
         proximal: lambda; the steps descend the support loss plus lambda / 2 times the squared
             distance of the adapted parameters from where they began.
@@ -173,6 +198,9 @@ class InnerLoop(ABC):
 
     tasks_per_pass: int
     """How many tasks one call of :meth:`trajectory` is given."""
+    reached: Moments = NO_MOMENTS
+    """Adam's moments after the last step that was taken, without a graph, where it began with some
+    of the algorithm's."""
 
     def __init__(
         self,
@@ -182,6 +210,7 @@ class InnerLoop(ABC):
         rate: Rate,
         direction: Direction = lambda name, gradient: gradient,
         optimizer: str = "sgd",
+        moments: Callable[[], Moments] = lambda: NO_MOMENTS,
         clip: float | None = None,
         proximal: float = 0.0,
         norm: str = "transductive",
@@ -190,6 +219,7 @@ class InnerLoop(ABC):
         self.rate = rate
         self.direction = direction
         self.optimizer = optimizer
+        self.moments = moments
         self.clip = clip
         self.proximal = proximal
         self.own = model
@@ -361,6 +391,8 @@ class HigherInnerLoop(InnerLoop):
     ) -> Iterator[Fast]:
         theta = fast = self.initial(len(tasks), create_graph=create_graph)
         optimizer = self._optimizer(create_graph, first_order)
+        begun = self.moments()
+        self._begin(optimizer, begun)
         yield fast
         for step in range(steps):
             stepped = optimizer.step(
@@ -369,6 +401,8 @@ class HigherInnerLoop(InnerLoop):
                 override={"lr": [self.rate(name, step) for name in self.adapted]},
             )
             fast = fast | dict(zip(self.adapted, stepped, strict=True))
+            if begun is not NO_MOMENTS:
+                self.reached = Moments(_squares(optimizer, self.adapted), begun.after(step + 1))
             yield fast
 
     def _vet(self, tasks: Tasks) -> None:
@@ -407,7 +441,7 @@ class HigherInnerLoop(InnerLoop):
         groups = [{"params": [each]} for each in stand_ins]
         prototype: torch.optim.Optimizer
         if self.optimizer == "adam":
-            prototype = torch.optim.Adam(groups, lr=1.0, betas=(0.0, 0.999))
+            prototype = torch.optim.Adam(groups, lr=1.0, betas=(0.0, BETA2), eps=EPSILON)
         else:
             prototype = torch.optim.SGD(groups, lr=1.0)
         return higher.optim.get_diff_optim(
@@ -417,6 +451,21 @@ class HigherInnerLoop(InnerLoop):
             track_higher_grads=create_graph,
         )
 
+    def _begin(self, optimizer: higher.optim.DifferentiableOptimizer, moments: Moments) -> None:
+        """Let Adam go on from these moments; ``higher`` counts its steps, and so the mass is
+        written as the number of steps that it takes."""
+        if moments.mass == 0:
+            return
+        left = 1 - moments.mass
+        steps = math.log(left, BETA2) if left > 0 else math.inf
+        for group, name in enumerate(self.adapted):
+            square = moments.squares[name]
+            optimizer.state[group][0] = {
+                "step": steps,
+                "exp_avg": torch.zeros_like(square),
+                "exp_avg_sq": square,
+            }
+
     def _all_shaped(
         self, gradients: Sequence[Tensor | None], *, constant: bool
     ) -> list[Tensor | None]:
@@ -425,3 +474,9 @@ class HigherInnerLoop(InnerLoop):
             None if g is None else self.shaped(name, g.detach() if constant else g)
             for name, g in zip(self.adapted, gradients, strict=True)
         ]
+
+
+def _squares(optimizer: higher.optim.DifferentiableOptimizer, names: Sequence[str]) -> Fast:
+    """Adam's moments by parameter; of one that never had a gradient there are none."""
+    states = ((name, optimizer.state[group][0]) for group, name in enumerate(names))
+    return {name: state["exp_avg_sq"].detach() for name, state in states if state}

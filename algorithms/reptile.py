@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from algorithms.base import Algorithm, register
-from algorithms.inner_loop import Tasks
+from algorithms.base import Algorithm, AlgorithmError, Batch, Scores, register
+from algorithms.inner_loop import NO_MOMENTS, Moments, Tasks
+
+MASS = "mass of moments"
+"""In what is carried, beside each parameter's average: the sum of their weights."""
 
 
 @register("reptile")
@@ -20,6 +23,18 @@ class Reptile(Algorithm):
     With theta_i the parameters after k inner steps on task i (algorithm 1), the meta-gradient is
     theta - mean(theta_i), so an outer SGD step of size epsilon is theta + epsilon (mean(theta_i) -
     theta). The inner steps use the support set alone; the query set only scores the result.
+
+    Args:
+        model, settings: as for :class:`algorithms.base.Algorithm`.
+        keep_moments: the inner Adam goes on, from task to task, with the averages of squared
+            gradients that it has, and begins each task of an evaluation with those of the end of
+            training, as in the paper's code (openai/supervised-reptile); the tasks of a
+            meta-batch, which there follow one another, begin alike, and the mean of what they end
+            with goes on. Without it Adam begins each task anew, so that its first step moves
+            every weight by all of alpha.
+
+    Raises:
+        AlgorithmError: moments to be kept of an inner optimizer that has none.
     """
 
     summary = "move towards the adapted parameters (Nichol et al. 2018)"
@@ -46,12 +61,41 @@ class Reptile(Algorithm):
         },
     }
 
+    def __init__(self, model: nn.Module, *, keep_moments: bool = False, **settings: Any) -> None:
+        if keep_moments and settings.get("inner_optimizer") != "adam":
+            raise AlgorithmError("keep_moments is for inner_optimizer adam: sgd has none")
+        super().__init__(model, **settings)
+        self.ended: list[Moments] = []
+        if keep_moments:
+            for name, value in self.meta_parameters.items():
+                self.carried[name] = torch.zeros_like(value.detach())
+                self.carried[MASS] = value.detach().new_zeros(())
+
+    def moments(self) -> Moments:
+        if not self.carried:
+            return NO_MOMENTS
+        squares = {name: self.carried[name][None] for name in self.adapted()}
+        return Moments(squares, float(self.carried[MASS]))
+
+    def meta_backward(self, batch: Batch) -> Scores:
+        """Besides, keep the mean of what the tasks' Adam ended with."""
+        scores = super().meta_backward(batch)
+        if self.carried:
+            for name in self.adapted():
+                ends = torch.cat([part.squares[name] for part in self.ended])
+                self.carried[name].copy_(ends.mean(0))
+            self.carried[MASS].fill_(self.ended[0].mass)
+            self.ended = []
+        return scores
+
     def adapted(self) -> list[str]:
         """All of them, as in its code: what does not adapt, it would never learn."""
         return list(self.meta_parameters)
 
     def meta_gradient(self, tasks: Tasks) -> tuple[Tensor, Sequence[Tensor | None]]:
         fast = self.adapt(tasks, create_graph=False)
+        if self.carried:
+            self.ended.append(self.inner_loop.reached)
         with torch.no_grad():
             outputs, _ = self.query_losses(fast, tasks)
             moved = [(theta - fast[name]).sum(0) for name, theta in self.meta_parameters.items()]

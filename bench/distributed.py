@@ -12,15 +12,16 @@ follow: they train and evaluate the cells that it names, from the state that it 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from algorithms import Algorithm
 from bench.errors import BenchError
 
 PATIENCE = timedelta(days=1)
@@ -47,12 +48,12 @@ class Team:
         """The device on which this process does the work of a cell's device."""
         return name
 
-    def average(self, model: nn.Module, parameters: Sequence[nn.Parameter], weight: float) -> None:
-        """Make gradients, and running averages, the mean over the processes.
+    def average(self, algorithm: Algorithm, weight: float) -> None:
+        """Make an algorithm's gradients, its model's running averages and what else it carries from
+        step to step the mean over the processes.
 
         Args:
-            model: its floating-point buffers are averaged.
-            parameters: whose ``.grad`` is averaged.
+            algorithm: after a meta-step on this process's tasks.
             weight: this process's share of the tasks; the weights of all sum to 1.
         """
 
@@ -93,10 +94,10 @@ class Workers(Team):
     def device(self, name: str) -> str:
         return f"cuda:{os.environ['LOCAL_RANK']}" if name.startswith("cuda") else name
 
-    def average(self, model: nn.Module, parameters: Sequence[nn.Parameter], weight: float) -> None:
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        for tensor in (*gradients, *buffers):
+    def average(self, algorithm: Algorithm, weight: float) -> None:
+        gradients = [p.grad for p in algorithm.parameters() if p.grad is not None]
+        buffers = [b for b in algorithm.model.buffers() if b.is_floating_point()]
+        for tensor in (*gradients, *buffers, *algorithm.carried.values()):
             dist.all_reduce(tensor.mul_(weight))
 
     def joined(self, part: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class _Training:
             self.algorithm.task_seeds = seeds
         scores = self.algorithm.meta_backward(batches.source.batch(batches.spec, mine))
         share = len(mine) / cell.meta_batch
-        team.average(self.algorithm.model, self.algorithm.parameters(), share)
+        team.average(self.algorithm, share)
         if cell.meta_clip is not None:
             nn.utils.clip_grad_value_(self.algorithm.parameters(), cell.meta_clip)
         for group in self.optimizer.param_groups:

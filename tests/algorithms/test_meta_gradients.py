@@ -1,7 +1,10 @@
 """The meta-gradients are those of the papers, in float64 and to rounding."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 import algorithms
 from algorithms.imaml import conjugate_gradient
@@ -116,6 +119,97 @@ def test_reptile_with_minibatches_takes_each_step_on_its_own_samples() -> None:
         minibatches=drawn.view(3, 5, 5),
     )
     assert relative_error(gradients(model), expected) < 1e-10
+
+
+class PlainAdam:
+    """Adam with beta1 = 0 as TensorFlow, which Reptile's code runs on, has it: it knows nothing of
+    tasks, and goes on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.squares = {name: torch.zeros_like(v) for name, v in model.named_parameters()}
+        self.steps = 0
+
+    def descend(self, model: nn.Module, task: int, batch: dict, steps: int) -> None:
+        """Take steps on a task's support set."""
+        inputs, targets = (half[task] for half in batch["train"])
+        for _ in range(steps):
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            found = torch.autograd.grad(loss, list(model.parameters()))
+            self.steps += 1
+            size = 0.01 * (1 - 0.999**self.steps) ** 0.5
+            with torch.no_grad():
+                for (name, value), g in zip(model.named_parameters(), found, strict=True):
+                    self.squares[name] = 0.999 * self.squares[name] + 0.001 * g**2
+                    value -= size * g / (self.squares[name].sqrt() + 1e-8)
+
+
+def keeping(model: nn.Module, engine: str) -> algorithms.Algorithm:
+    adam = {"inner_optimizer": "adam", "inner_lr": 0.01, "inner_steps": 3}
+    return algorithms.create("reptile", model, engine=engine, keep_moments=True, **adam)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_reptiles_adam_goes_on_from_task_to_task_as_its_codes_does(engine: str) -> None:
+    """One task a meta-step, so that the tasks follow one another as in the paper's code."""
+    model, batch = make_model(), derivation.make_batch()
+    plain, evaluated = copy.deepcopy(model), copy.deepcopy(model)
+    reptile, adam = keeping(model, engine), PlainAdam(plain)
+    for task in (0, 1, 2, 1, 0):
+        reptile.meta_backward(
+            {k: (x[task : task + 1], y[task : task + 1]) for k, (x, y) in batch.items()}
+        )
+        begun = copy.deepcopy(plain.state_dict())
+        adam.descend(plain, task, batch, steps=3)
+        with torch.no_grad():
+            for value in model.parameters():
+                value -= 0.5 * value.grad  # the outer step
+            for name, value in plain.named_parameters():
+                value.copy_(begun[name] + 0.5 * (value - begun[name]))
+        assert (
+            relative_error(dict(model.named_parameters()), dict(plain.named_parameters())) < 1e-10
+        )
+    for name, square in adam.squares.items():
+        assert torch.allclose(reptile.carried[name], square, rtol=1e-10)
+
+    # An evaluation begins with the moments of training, and leaves them as they were.
+    before = copy.deepcopy(reptile.carried)
+    scores = reptile.evaluate(batch, 3)
+    for task in range(3):
+        evaluated.load_state_dict(plain.state_dict())
+        copy.deepcopy(adam).descend(evaluated, task, batch, steps=3)
+        inputs, targets = (half[task] for half in batch["test"])
+        loss = nn.functional.cross_entropy(evaluated(inputs), targets)
+        assert float(scores.loss[task, 3]) == pytest.approx(float(loss), rel=1e-9)
+    assert all(torch.equal(value, before[name]) for name, value in reptile.carried.items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tasks_per_pass", [None, 2])
+def test_moments_that_are_kept_are_the_mean_over_tasks(engine: str, tasks_per_pass) -> None:
+    model, batch = make_model(), derivation.make_batch()
+    reptile = keeping(model, engine)
+    if engine == "batched":
+        reptile.inner_loop.most_tasks = tasks_per_pass
+    reptile.meta_backward(batch)
+    ends = []
+    for task in range(3):
+        plain = copy.deepcopy(model)
+        adam = PlainAdam(plain)
+        adam.descend(plain, task, batch, steps=3)
+        ends.append(adam.squares)
+    for name in ends[0]:
+        mean = torch.stack([squares[name] for squares in ends]).mean(0)
+        assert torch.allclose(reptile.carried[name], mean, rtol=1e-10)
+    again = keeping(copy.deepcopy(model), engine)
+    again.load_state_dict(reptile.state_dict())
+    assert all(torch.equal(again.carried[name], v) for name, v in reptile.carried.items())
+    assert again.carried.keys() == reptile.carried.keys()
+    assert float(again.moments().mass) == pytest.approx(1 - 0.999**3)
+
+
+def test_moments_are_kept_of_adam_alone() -> None:
+    with pytest.raises(algorithms.AlgorithmError, match="keep_moments is for inner_optimizer adam"):
+        algorithms.create("reptile", make_model(), keep_moments=True)
 
 
 def test_inner_clip_bounds_every_element_of_the_inner_gradient() -> None:
