@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from algorithms.base import Algorithm, AlgorithmError, Batch, Scores, register
+from algorithms.base import Algorithm, Batch, Scores, register
 from algorithms.inner_loop import NO_MOMENTS, Moments, Tasks
 
 MASS = "mass of moments"
@@ -31,10 +31,7 @@ class Reptile(Algorithm):
             training, as in the paper's code (openai/supervised-reptile); the tasks of a
             meta-batch, which there follow one another, begin alike, and the mean of what they end
             with goes on. Without it Adam begins each task anew, so that its first step moves
-            every weight by all of alpha.
-
-    Raises:
-        AlgorithmError: moments to be kept of an inner optimizer that has none.
+            every weight by all of alpha. Plain gradient descent has nothing to keep.
     """
 
     summary = "move towards the adapted parameters (Nichol et al. 2018)"
@@ -61,12 +58,10 @@ class Reptile(Algorithm):
         },
     }
 
-    def __init__(self, model: nn.Module, *, keep_moments: bool = False, **settings: Any) -> None:
-        if keep_moments and settings.get("inner_optimizer") != "adam":
-            raise AlgorithmError("keep_moments is for inner_optimizer adam: sgd has none")
+    def __init__(self, model: nn.Module, *, keep_moments: bool = True, **settings: Any) -> None:
         super().__init__(model, **settings)
         self.ended: list[Moments] = []
-        if keep_moments:
+        if keep_moments and self.inner_loop.optimizer == "adam":
             for name, value in self.meta_parameters.items():
                 self.carried[name] = torch.zeros_like(value.detach())
                 self.carried[MASS] = value.detach().new_zeros(())

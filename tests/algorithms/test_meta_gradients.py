@@ -207,9 +207,11 @@ def test_moments_that_are_kept_are_the_mean_over_tasks(engine: str, tasks_per_pa
     assert float(again.moments().mass) == pytest.approx(1 - 0.999**3)
 
 
-def test_moments_are_kept_of_adam_alone() -> None:
-    with pytest.raises(algorithms.AlgorithmError, match="keep_moments is for inner_optimizer adam"):
-        algorithms.create("reptile", make_model(), keep_moments=True)
+def test_plain_descent_has_no_moments_to_keep() -> None:
+    reptile = algorithms.create("reptile", make_model(), keep_moments=True)
+    reptile.meta_backward(derivation.make_batch())
+    assert not reptile.carried
+    assert not any("reptile/" in name for name in reptile.state_dict())
 
 
 def test_inner_clip_bounds_every_element_of_the_inner_gradient() -> None:
