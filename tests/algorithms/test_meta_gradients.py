@@ -181,7 +181,7 @@ def test_reptiles_adam_goes_on_from_task_to_task_as_its_codes_does(engine: str) 
         copy.deepcopy(adam).descend(evaluated, task, batch, steps=3)
         inputs, targets = (half[task] for half in batch["test"])
         loss = nn.functional.cross_entropy(evaluated(inputs), targets)
-        assert float(scores.loss[task, 3]) == pytest.approx(float(loss), rel=1e-9)
+        assert float(scores.loss[task, 3]) == pytest.approx(loss.item(), rel=1e-9)
     assert all(torch.equal(value, before[name]) for name, value in reptile.carried.items())
 
 
