@@ -310,6 +310,7 @@ def measure(
         told(next(parts), total)
         return answer
 
+    told(0, total)
     with ExitStack() as stack:
         subjects = [stack.enter_context(_subject(cell, root, plugin, source)) for cell in cells]
         peaks = []

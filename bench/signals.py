@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -51,6 +52,8 @@ def unsignalled() -> Iterator[None]:
     """A process that is started within gets neither, from its first moment: a terminal, and many a
     scheduler, sends them to all processes of a run, and they are for the one who asks to deal
     with."""
+    # With its first process multiprocessing starts a helper, and lets both through again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

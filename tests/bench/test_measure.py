@@ -239,7 +239,7 @@ def test_who_measures_is_told_how_far_it_is(cell: Cell, monkeypatch) -> None:
     parts: list[tuple[int, int]] = []
     measure.measure([cell, cell], plugin=TINY, told=lambda *part: parts.append(part))
     total = parts[0][1]
-    assert parts == [(done, total) for done in range(1, total + 1)]
+    assert parts == [(done, total) for done in range(total + 1)]
 
 
 def test_a_measuring_process_that_never_answers_is_a_failed_cell(cell: Cell, monkeypatch) -> None:
