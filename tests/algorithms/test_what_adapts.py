@@ -134,7 +134,7 @@ def test_maml_pp_takes_the_last_rate_for_steps_beyond_those_it_learned() -> None
         for name in algorithm.adapted():
             algorithm.beside[f"rates.{name}"].copy_(torch.tensor([0.3, 0.05]))
     name = algorithm.adapted()[0]
-    assert [float(algorithm.rate(name, step)) for step in (0, 1, 2, 9)] == pytest.approx(
+    assert [algorithm.rate(name, step).item() for step in (0, 1, 2, 9)] == pytest.approx(
         [0.3, 0.05, 0.05, 0.05]
     )
     assert algorithm.evaluate(batch, 4).loss.isfinite().all()
