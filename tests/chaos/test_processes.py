@@ -16,6 +16,7 @@ from tests.chaos.attempts import (
     Attempt,
     at_operation,
     contents,
+    impatient,
     quick,
     setting_the_clock_back,
     signalled,
@@ -170,7 +171,7 @@ def test_two_runs_started_together(
         for place in places:
             place.mkdir()
         shared = str(tmp_path / str(number))
-        both = [Attempt(sweep(shared, *ONE), place, quick) for place in places]
+        both = [Attempt(sweep(shared, *ONE), place, quick, impatient) for place in places]
         statuses = [attempt.status() for attempt in both]
         refused = [attempt for attempt in both if attempt.process.exitcode == 2]
         assert statuses.count(0) + len(refused) == 2
