@@ -125,9 +125,9 @@ class BatchedInnerLoop(InnerLoop):
                     )
                 else:
                     fast, rule = stepped(step, fast, rule)
-                if isinstance(rule, _Adam) and rule.begun is not NO_MOMENTS:
-                    self.reached = rule.reached()
                 yield fast
+            if isinstance(rule, _Adam) and rule.begun is not NO_MOMENTS:
+                self.reached = rule.reached()
         finally:
             self._weights.remember = False
             for part in self._fixed:

@@ -199,8 +199,8 @@ class InnerLoop(ABC):
     tasks_per_pass: int
     """How many tasks one call of :meth:`trajectory` is given."""
     reached: Moments = NO_MOMENTS
-    """Adam's moments after the last step that was taken, without a graph, where it began with some
-    of the algorithm's."""
+    """Adam's moments at the end of the last trajectory, without a graph, where it began with those
+    of an algorithm that keeps them."""
 
     def __init__(
         self,
@@ -401,9 +401,9 @@ class HigherInnerLoop(InnerLoop):
                 override={"lr": [self.rate(name, step) for name in self.adapted]},
             )
             fast = fast | dict(zip(self.adapted, stepped, strict=True))
-            if begun is not NO_MOMENTS:
-                self.reached = Moments(_squares(optimizer, self.adapted), begun.after(step + 1))
             yield fast
+        if begun is not NO_MOMENTS:
+            self.reached = Moments(_squares(optimizer, self.adapted), begun.after(steps))
 
     def _vet(self, tasks: Tasks) -> None:
         self._check_reach(self._functional, tasks)

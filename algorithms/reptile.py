@@ -62,9 +62,9 @@ class Reptile(Algorithm):
         super().__init__(model, **settings)
         self.ended: list[Moments] = []
         if keep_moments and self.inner_loop.optimizer == "adam":
-            for name, value in self.meta_parameters.items():
-                self.carried[name] = torch.zeros_like(value.detach())
-                self.carried[MASS] = value.detach().new_zeros(())
+            theta = {name: value.detach() for name, value in self.meta_parameters.items()}
+            self.carried = {name: torch.zeros_like(value) for name, value in theta.items()}
+            self.carried[MASS] = next(iter(theta.values())).new_zeros(())
 
     def moments(self) -> Moments:
         if not self.carried:

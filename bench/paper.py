@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -15,7 +14,7 @@ from bench.failures import lost, scoreless
 from bench.findings import Task, headline, level_with_best, task_name, tasks, verdict
 from bench.results import COUNTS
 from bench.tables import Tables, varying
-from bench.wording import OVERS, decimals
+from bench.wording import OVERS, decimals, plain
 
 INTERVALS = (
     "± is half of a 95% interval: over seeds it speaks of the algorithm, trained again (on these "
@@ -173,15 +172,6 @@ def _column(task: Task, board: pd.DataFrame, rows: Sequence[Row], mixed: bool) -
         mark = "^\\dagger" if mixed and not over_seeds else ""
         cells[row["label"]] = f"${mean}{width}{mark}$"
     return cells
-
-
-def plain(value: Any) -> str:
-    """A setting for people; one that was left to the default is ``-``."""
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value)
 
 
 def _number(value: float, digits: int) -> str:

@@ -37,12 +37,11 @@ from bench.files import write_text
 from bench.findings import Task
 from bench.measure import GROWTH_TASKS
 from bench.naming import SETTING
-from bench.paper import plain
 from bench.reading import read_json
 from bench.store import Run
 from bench.sweep import Cell, Sweep
 from bench.tables import COSTS, FAIRNESS, Tables
-from bench.wording import decimals, digits_of
+from bench.wording import decimals, digits_of, plain
 
 MOST_PAIRED = 25
 """Entries of a task, best first, whose differences the page shows: those of a hundred are five

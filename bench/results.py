@@ -147,10 +147,11 @@ def read(folder: Path, *, none_will_do: bool = False) -> tuple[list[Result], lis
     if not run.cells.is_dir():
         raise BenchError(f"there is no run in {folder}: it has no cells/")
     found: dict[str, Result] = {}
-    for cell_id in run.cell_ids():
+    there = run.cell_ids()
+    for cell_id in there:
         with suppress(DamagedError):
             found[cell_id] = load(run, cell_id)
-    damaged = [cell_id for cell_id in run.cell_ids() if cell_id not in found]
+    damaged = [cell_id for cell_id in there if cell_id not in found]
     if not found and not none_will_do:
         also = f"; {len(damaged)} are damaged" if damaged else ""
         raise BenchError(f"{folder} has no complete cells{also}")

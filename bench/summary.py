@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.stats import mean_interval
-from bench.wording import counted, milliseconds, score
+from bench.wording import counted, milliseconds, plain, score
 
 SETTINGS = (
     *("seed", "test_shots", "train_shots", "inner_steps", "eval_steps", "meta_batch"),
@@ -69,10 +68,9 @@ def seeds_table(summary: pd.DataFrame, swept: Sequence[str] = ()) -> Table | Non
     entry = list(dict.fromkeys(["dataset", "ways", "shots", "algorithm", *varying]))
     found = []
     for _, rows in complete.groupby(entry, dropna=False, sort=False):
-        means = rows["mean"].to_numpy(float)
-        half = mean_interval(means, over="seeds").half_width if len(rows) > 1 else math.nan
+        means = mean_interval(rows["mean"], over="seeds")
         row = rows.iloc[0].copy()
-        row["mean"], row["ci95"], row["seeds"] = means.mean(), half, len(rows)
+        row["mean"], row["ci95"], row["seeds"] = means.estimate, means.half_width, means.n
         found.append(row)
     if all(row["seeds"] < 2 for row in found):
         return None
@@ -122,14 +120,7 @@ def _table(
 def _name(row: pd.Series[Any] | Mapping[str, Any], varying: Sequence[str]) -> list[str]:
     """What tells a row from the others."""
     task = f"{row['dataset']} {row['ways']}w{row['shots']}s"
-    return [row["algorithm"], task, *(setting(row[name]) for name in varying)]
-
-
-def setting(value: Any) -> str:
-    """A setting's value; nothing for what an algorithm does not have."""
-    if isinstance(value, float):  # a column with holes has no whole numbers
-        return "" if math.isnan(value) else f"{value:g}"
-    return "" if value is None or value is pd.NA else str(value)
+    return [row["algorithm"], task, *(plain(row[name], "") for name in varying)]
 
 
 def unit_score(row: pd.Series[Any] | Mapping[str, Any]) -> str:

@@ -28,6 +28,14 @@ def score(row: pd.Series[Any] | Mapping[str, Any], half: str = "ci95") -> str:
     return f"{scale * row['mean']:.{digits}f}{width}{unit}"
 
 
+def plain(value: Any, none: str = "-") -> str:
+    """A setting's value, and a word where there is none; a column with holes has no whole numbers,
+    and they are whole again."""
+    if value is None or value is pd.NA or value != value:
+        return none
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def counted(count: int, noun: str) -> str:
     """``1 cell``, ``2 cells``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
