@@ -283,9 +283,9 @@ class Run:
             return []
         return sorted(path.name for path in self.cells.iterdir() if not path.name.startswith("."))
 
-    def records(self) -> list[Record]:
+    def records(self, thorough: bool = False) -> list[Record]:
         """The complete cells, in the order of their settings."""
-        found = (self.record(cell_id) for cell_id in self.cell_ids())
+        found = (self.record(cell_id, thorough) for cell_id in self.cell_ids())
         return in_order_of_settings(record for record in found if record)
 
     def failures(self) -> dict[str, Any]:
