@@ -88,9 +88,10 @@ def conjugate_gradient(
     Args:
         product: A times a vector, for symmetric A.
         target: b; a vector is a list of tensors ``(tasks, ...)``.
-        steps: how many at most. A task is done where its residual is rounding, or where A is not
+        steps: how many. A task is done where its residual is rounding, or where A is not
             positive along the next direction, as may be where the minimum is not reached; if that
-            is the first direction, x is b, as if A were the identity.
+            is the first direction, x is b, as if A were the identity. A task that is done stays as
+            it is while others go on: to see that all are, a GPU would have to be waited for.
     """
     solution = [torch.zeros_like(b) for b in target]
     residual = direction = target
@@ -102,8 +103,6 @@ def conjugate_gradient(
         if taken == 0:
             solution = _plus(solution, (curvature <= 0).to(size), target)
         going = going & (curvature > 0) & (size > torch.finfo(size.dtype).eps ** 2 * first)
-        if not bool(going.any()):
-            break
         step = torch.where(going, size / curvature, 0.0)
         solution = _plus(solution, step, direction)
         residual = _plus(residual, -step, changed)

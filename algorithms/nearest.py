@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from algorithms.base import Algorithm, register
 from algorithms.inner_loop import Tasks
-from algorithms.protonet import class_means, squared_distances
+from algorithms.protonet import class_means, class_members, squared_distances
 
 
 @register("nearest")
@@ -37,7 +37,7 @@ class Nearest(Algorithm):
 
     def similarities(self, tasks: Tasks) -> Tensor:
         """Minus the squared distance of every query sample to every mean, ``(tasks, m, ways)``."""
-        means = class_means(tasks.support_inputs, tasks.support_targets)
+        means = class_means(tasks.support_inputs, class_members(tasks.support_targets))
         return -squared_distances(tasks.query_inputs, means)
 
     @classmethod

@@ -56,17 +56,19 @@ class ProtoNet(Algorithm):
 
     def similarities(self, tasks: Tasks, *, create_graph: bool) -> Tensor:
         """-||f(x) - c_k||^2 of every query sample and class, ``(tasks, m, ways)``."""
+        # First, for it asks how many classes there are: a GPU that has nothing to do yet answers at
+        # once.
+        members = class_members(tasks.support_targets)
         theta = self.inner_loop.initial(len(tasks), create_graph=create_graph)
         support = self.inner_loop.forward(theta, tasks.support_inputs)
         query = self.inner_loop.query(theta, tasks)
-        return -squared_distances(query, class_means(support, tasks.support_targets))
+        return -squared_distances(query, class_means(support, members))
 
 
-def class_means(features: Tensor, targets: Tensor) -> Tensor:
-    """Mean features of each class: ``(tasks, ways, d)``.
+def class_members(targets: Tensor) -> Tensor:
+    """Which class each sample is of: int64 ``(tasks, n, ways)``, 1 for its own.
 
     Args:
-        features: ``(tasks, n, ...)``, flattened to d numbers a sample.
         targets: int64 ``(tasks, n)``, 0 .. ways - 1, each at least once in every task.
 
     Raises:
@@ -74,7 +76,17 @@ def class_means(features: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.is_floating_point():
         raise AlgorithmError("class means need targets that are classes, not numbers")
-    members = F.one_hot(targets).to(features)
+    return F.one_hot(targets)
+
+
+def class_means(features: Tensor, members: Tensor) -> Tensor:
+    """Mean features of each class: ``(tasks, ways, d)``.
+
+    Args:
+        features: ``(tasks, n, ...)``, flattened to d numbers a sample.
+        members: of :func:`class_members`.
+    """
+    members = members.to(features)
     means = members.transpose(1, 2) @ features.flatten(2)
     return means / members.sum(1).unsqueeze(2)
 

@@ -13,6 +13,7 @@ from bench.checkpoints import read_tensors
 from bench.errors import CellError, DivergedError
 from bench.sweep import Cell
 from bench.training import Iteration, build, meta_lr, train
+from tests.accelerator import DEVICE, accelerator
 
 
 @pytest.fixture
@@ -70,6 +71,26 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     assert log.loss == log_resumed.loss
     assert log.val_metric == log_resumed.val_metric
     assert log.val_iteration == log_resumed.val_iteration == [5, 10, 15, 20, 25, 30]
+
+
+def test_a_training_on_an_accelerator_is_that_on_the_cpu_and_each_goes_on_from_the_other(
+    cell: Cell, splits, tmp_path: Path
+) -> None:
+    cell = cell.model_copy(update={"iterations": 8})  # before rounding has grown to be seen
+    expected, log = train(cell, *splits, None)
+    with accelerator():
+        moved = cell.model_copy(update={"device": DEVICE})
+        moved_splits = [split.to(DEVICE) for split in splits]
+        with pytest.raises(KeyboardInterrupt):
+            train(moved, *moved_splits, tmp_path / "c", interrupted=interrupted_after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(cell, *splits, tmp_path / "c", interrupted=interrupted_after(2))
+        trained, log_there = train(moved, *moved_splits, tmp_path / "c")
+        found = [parameter.detach().cpu() for parameter in trained.parameters()]
+    assert log_there.loss == pytest.approx(log.loss, rel=1e-4)
+    assert log_there.val_metric == pytest.approx(log.val_metric, abs=0.01)
+    for parameter, other in zip(expected.parameters(), found, strict=True):
+        assert torch.allclose(parameter, other, rtol=1e-3, atol=1e-5)
 
 
 def test_a_checkpoint_that_cannot_be_read_counts_as_none(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import datasets
 from datasets import (
     Batch,
     ClassSource,
@@ -21,6 +22,7 @@ from datasets import (
     collate,
 )
 from datasets.episodes import first_ranks, floats, uniform
+from tests.accelerator import DEVICE, accelerator
 
 COUNTS = (7, 4, 12, 5, 9, 6)
 
@@ -215,6 +217,20 @@ def test_samples_are_scaled_to_the_unit_interval() -> None:
     inputs = EpisodeLoader(white, spec(ways=2, shots=1, test_shots=1))[0]["train"][0]
     assert inputs.shape == (1, 2, 1, 2, 2)
     assert (inputs == 1).all()
+
+
+@pytest.mark.parametrize("name", ["glyphs", "sinusoid"])
+def test_episodes_are_made_on_an_accelerator_without_waiting_for_it(name: str) -> None:
+    expected = datasets.loader(name, batch_size=3)[2]
+    with accelerator() as log:
+        loader = datasets.loader(name, batch_size=3, device=DEVICE)
+        log.asked.clear()
+        batch = loader[2]
+        assert log.asked == []
+        for half in ("train", "test"):
+            for here, there in zip(expected[half], batch[half], strict=True):
+                assert there.device == torch.device(DEVICE)
+                assert torch.equal(here, there.cpu())
 
 
 def test_a_source_moves_with_its_episodes_unchanged() -> None:
