@@ -8,9 +8,10 @@ import inspect
 import pkgutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from algorithms.batched import BatchedInnerLoop
+from algorithms.cuda_graphs import RecordingError, Recordings
 from algorithms.inner_loop import (
     NO_MOMENTS,
     OPTIMIZERS,
@@ -61,6 +63,9 @@ class Scores:
         return cls(loss, how([part.metric for part in parts], **along))
 
 
+R = TypeVar("R")
+
+
 class Algorithm(ABC):
     """A meta-learning algorithm over any model, written against the inner loop alone.
 
@@ -89,6 +94,8 @@ class Algorithm(ABC):
             engine's.
         precision: of float32 products: ``"float32"``, or ``"tf32"`` or ``"bf16"``, which GPUs take
             faster; see :mod:`algorithms.precision`.
+        cuda_graphs: record the computations on a GPU and launch them whole from then on; see
+            :mod:`algorithms.cuda_graphs`.
         tasks_per_pass: adapt at most so many tasks at once, for less memory and the same gradient;
             None lets the engine choose.
 
@@ -122,7 +129,6 @@ class Algorithm(ABC):
     without: ClassVar[frozenset[str]] = frozenset()
     """Hyperparameters of its ancestors of which nothing would come: it is made with them, as the
     others are, but they are no settings of it."""
-    progress: float = 1.0
     proximal: float = 0.0
     task_seeds: Sequence[int] | None = None
 
@@ -141,6 +147,7 @@ class Algorithm(ABC):
         checkpoint_inner: bool = False,
         tasks_per_pass: int | None = None,
         precision: str = "float32",
+        cuda_graphs: bool = False,
     ) -> None:
         _positive(inner_lr=inner_lr, inner_clip=inner_clip)
         _positive(inner_steps=inner_steps, inner_batch=inner_batch, eval_batch=eval_batch)
@@ -155,6 +162,11 @@ class Algorithm(ABC):
         self.inner_batch = inner_batch
         self.eval_batch = eval_batch
         self.precision = precision
+        self.cuda_graphs = cuda_graphs
+        self.recordings = Recordings()
+        if cuda_graphs and (checkpoint_inner or norm == "running"):
+            other = "checkpoint_inner" if checkpoint_inner else "norm 'running'"
+            raise AlgorithmError(f"cuda_graphs does not go with {other}")
         if not any(value.requires_grad for value in model.parameters()):
             raise AlgorithmError("the model has no parameters that require a gradient")
         _check_outer_only(model)
@@ -178,6 +190,7 @@ class Algorithm(ABC):
             "most_tasks": tasks_per_pass,
         }
         self._asked_engine = engine
+        self._progress, self.anneals = 1.0, False
         self.engine_reason = ""
         try:
             self._run_on("batched" if engine == "auto" else engine)
@@ -205,6 +218,16 @@ class Algorithm(ABC):
         except ValueError as error:
             raise AlgorithmError(f"{error}: {reason}") from None
         self.engine_reason = reason
+
+    @property
+    def progress(self) -> float:
+        """Share of the meta-training that is done; see above."""
+        self.anneals = True
+        return self._progress
+
+    @progress.setter
+    def progress(self, done: float) -> None:
+        self._progress = done
 
     # What an algorithm says of itself.
 
@@ -305,7 +328,7 @@ class Algorithm(ABC):
         self.inner_loop.train(True)
         with torch.enable_grad(), self._computing(tasks):
             for part in tasks.split(self.inner_loop.tasks_per_pass):
-                outputs, gradients = self.meta_gradient(part)
+                outputs, gradients = self._run("meta-gradient", self.meta_gradient, part)
                 parts.append(_scores(outputs.detach(), part))
                 for index, gradient in enumerate(gradients):
                     if gradient is not None:
@@ -335,9 +358,13 @@ class Algorithm(ABC):
         self.inner_loop.train(False)
         for part in tasks.split(self.inner_loop.tasks_per_pass):
             with torch.enable_grad(), self._computing(tasks):
-                after_steps = [_scores(outputs, part) for outputs in self.predictions(part, steps)]
+                predicted = self._run(("predictions", steps), partial(self._predicted, steps), part)
+                after_steps = [_scores(outputs, part) for outputs in predicted]
             parts.append(Scores.merged(after_steps, torch.stack, dim=1))
         return Scores.merged(parts)
+
+    def _predicted(self, steps: int, tasks: Tasks) -> list[Tensor]:
+        return list(self.predictions(tasks, steps))
 
     @contextmanager
     def _computing(self, tasks: Tasks) -> Iterator[None]:
@@ -346,6 +373,32 @@ class Algorithm(ABC):
         attention = sdpa_kernel(SDPBackend.MATH)
         with precision, attention, self.inner_loop.computing():
             yield
+
+    def _run(self, what: Hashable, function: Callable[[Tasks], R], tasks: Tasks) -> R:
+        """What a function makes of tasks; by a CUDA graph, if it shall be, in memory that the next
+        run writes over."""
+        if not self.cuda_graphs:
+            return function(tasks)
+        kind = tasks.support_inputs.device.type
+        if kind == "cpu":
+            raise AlgorithmError(f"cuda_graphs is for NVIDIA GPUs, not for {kind}")
+        if self.carried:
+            raise AlgorithmError(f"cuda_graphs does not go with what {self.name} carries over")
+        # The numbers that it computes with, as far as they can be seen, are in the key.
+        numbers = {n: v for n, v in vars(self).items() if isinstance(v, int | float | str)}
+        del numbers["_progress"]
+        model = self.model
+        state = [*model.parameters(), *model.buffers(), *self.beside.values()]
+        try:
+            found: R = self.recordings.run((what, *numbers.items()), function, tasks, state)
+        except RecordingError as error:
+            raise AlgorithmError(f"cuda_graphs: {self.name} cannot be recorded: {error}") from error
+        if self.anneals:
+            raise AlgorithmError(
+                f"cuda_graphs: {self.name} changes with the progress of training, and what is "
+                "recorded does not"
+            )
+        return found
 
     def _prepare(self, tasks: Tasks) -> None:
         try:

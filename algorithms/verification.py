@@ -31,7 +31,7 @@ def verify(
         model: left as it is.
         batch: torchmeta's batch.
         settings: hyperparameters, as for :func:`algorithms.create`; an ``engine`` is ignored, and
-            the reference does not checkpoint.
+            the reference does not checkpoint; neither is recorded.
         engine: the one in question.
         state: an :meth:`algorithms.Algorithm.state_dict` to ask at; None for where a training
             begins.
@@ -50,6 +50,8 @@ def verify(
         here = {**settings, "engine": each}
         if each == "higher" and here.get("checkpoint_inner"):
             here["checkpoint_inner"] = False
+        if here.get("cuda_graphs"):
+            here["cuda_graphs"] = False
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
             algorithm = create(name, twin, **here)

@@ -229,7 +229,10 @@ class Subject:
         else:
             with products_in(self.algorithm.precision, torch.device(self.cell.device)):
                 calibrate(self.cell.device)
-        return {"phase": phase, "repeat": repeat, **self.meter.stop()}
+        taken = self.meter.stop()
+        if self.algorithm.cuda_graphs and phase != CALIBRATION:
+            taken["peak_bytes"] = None  # it works in memory that was handed out as it was recorded
+        return {"phase": phase, "repeat": repeat, **taken}
 
     def peaks(self, repeat: int) -> dict[str, Any]:
         """On a CPU the peak bytes of each phase in a repeat: measured apart from its time for the
@@ -246,8 +249,8 @@ class Subject:
     def growth(self) -> list[dict[str, Any]]:
         """Peak memory of a meta-step by its inner steps, on few tasks, so that it fits where the
         cell itself does. Asked first: what a process once held can hide a smaller peak. Empty for
-        an algorithm without inner steps."""
-        if "inner_steps" not in self.cell.hyperparameters:
+        an algorithm without inner steps, and for CUDA graphs, of which the allocator tells none."""
+        if "inner_steps" not in self.cell.hyperparameters or self.algorithm.cuda_graphs:
             return []
         few = EpisodeLoader(self.source, self.batches.spec, min(self.cell.meta_batch, GROWTH_TASKS))
         usual = self.algorithm.inner_steps
@@ -264,10 +267,13 @@ class Subject:
 
     def flops(self, phase: str) -> int:
         """Floating-point operations of one repeat of a phase, as torch counts them (matrix
-        products and convolutions, forward and backward), those of compiled kernels included."""
+        products and convolutions, forward and backward), those of compiled kernels included and
+        as if nothing were recorded."""
         before = Kernels.flops
+        recorded, self.algorithm.cuda_graphs = self.algorithm.cuda_graphs, False
         with FlopCounterMode(display=False) as counter:
             self.once(phase, 0)
+        self.algorithm.cuda_graphs = recorded
         return int(counter.get_total_flops()) + Kernels.flops - before
 
 
@@ -292,9 +298,9 @@ def measure(
     Returns:
         For each cell one row a phase (``meta_step``, ``evaluation`` of :data:`EPISODES` episodes,
         ``calibration``) and repeat: ``phase``, ``repeat``, ``seconds``, ``wall_seconds``,
-        ``process_seconds``, ``peak_bytes`` (:meth:`Subject.peaks`), ``flops``, on accelerators
-        ``reserved_bytes`` and ``joules``, and ``session``, which is the same for cells that took
-        turns. Before them one row for each of :data:`GROWTH_STEPS` ``inner_steps`` (``phase``
+        ``process_seconds``, ``peak_bytes`` (:meth:`Subject.peaks`; None for CUDA graphs),
+        ``flops``, on accelerators ``reserved_bytes`` and ``joules``, and ``session``, which is the
+        same for cells that took turns. Before them one row for each of :data:`GROWTH_STEPS` ``inner_steps`` (``phase``
         ``growth``): the peak of a meta-step with so many.
 
     Raises:

@@ -121,9 +121,14 @@ def check_training(cell: Cell, sources: Sources) -> None:
         raise BenchError(
             f"{cell.algorithm}: {error}; results have a column of that name"
         ) from error
-    precision = cell.hyperparameters.get("precision", "float32")
-    if precision == "tf32" and not cell.device.startswith("cuda"):
-        raise BenchError(f"precision tf32 is for NVIDIA GPUs, not for {cell.device}")
+    own = cell.hyperparameters
+    for_gpus = {
+        "precision tf32": own.get("precision") == "tf32",
+        "cuda_graphs": own.get("cuda_graphs"),
+    }
+    for what, asked in for_gpus.items():
+        if asked and not cell.device.startswith("cuda"):
+            raise BenchError(f"{what} is for NVIDIA GPUs, not for {cell.device}")
 
 
 @contextmanager

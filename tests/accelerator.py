@@ -12,10 +12,12 @@ What it does not tell: how fast a GPU is, and how it rounds.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -38,11 +40,13 @@ class Log:
         launched: operators that compute something, in order; each is a kernel or a few.
         asked: where the CPU waited for a value: the operator and the line that called it.
         copied: copies between the two memories.
+        recorded: what was launched, with what on and with what result, since a recording began.
     """
 
     launched: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     copied: int = 0
+    recorded: list[tuple[Any, ...]] | None = None
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -98,11 +102,25 @@ class Accelerator(TorchDispatchMode):
         super().__init__()
         self.log = Log()
 
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What :func:`algorithms.cuda_graphs.capture` does, and as there nothing is computed yet
+        and what would have to be waited for raises."""
+        function()
+        self.log.recorded = recorded = []
+        try:
+            results = function()
+        finally:
+            self.log.recorded = None
+        for held in tree_leaves(results):
+            if isinstance(held, Elsewhere) and held.is_floating_point():
+                held.held.fill_(torch.nan)
+        return partial(_replay, recorded), results
+
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        there = any(isinstance(each, Elsewhere) for each in tree_leaves((args, kwargs)))
+        there = any(map(_is_there, tree_leaves((args, kwargs))))
         if there or _is_accelerator(kwargs.get("device")):
             return _computed(operator, args, kwargs, self.log)
         return operator(*args, **kwargs)
@@ -110,13 +128,17 @@ class Accelerator(TorchDispatchMode):
 
 @contextmanager
 def accelerator() -> Iterator[Log]:
-    """An accelerator, as the device :data:`DEVICE`."""
-    with Accelerator() as mode:
+    """An accelerator, as the device :data:`DEVICE`; it can be recorded."""
+    with Accelerator() as mode, mock.patch("algorithms.cuda_graphs.capture", mode.capture):
         yield mode.log
 
 
 def _is_accelerator(device: Any) -> bool:
     return device is not None and torch.device(device).type == "accel"
+
+
+def _is_there(value: Any) -> bool:
+    return isinstance(value, Elsewhere)
 
 
 def _held(value: Any) -> Any:
@@ -125,49 +147,58 @@ def _held(value: Any) -> Any:
 
 def _computed(operator: Any, args: Any, kwargs: dict[str, Any], log: Log) -> Any:
     name = operator._schema.name.removeprefix("aten::")
-    if name in ("_to_copy", "copy_"):
-        return _copied(operator, name, args, kwargs, log)
     given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    strangers = [each for each in given if not isinstance(each, Elsewhere) and each.dim()]
-    if strangers or (kwargs.get("device") and not _is_accelerator(kwargs["device"])):
-        shapes = [tuple(each.shape) for each in strangers]
-        raise RuntimeError(f"{name} mixes tensors of {DEVICE} with such of the CPU's: {shapes}")
-    if name in ASKING:
-        log.asked.append(f"{name} in {_caller()}")
-    if kwargs.get("device"):
+    there = [_is_there(each) for each in given]
+    asked_for = kwargs.get("device")
+    if name in ("_to_copy", "copy_"):  # which alone may go from one memory to the other
+        target = there[0] if asked_for is None else _is_accelerator(asked_for)
+        source = there[-1]
+        if source is not target:
+            log.copied += 1
+            _wait(name, log, noted=source)
+    else:
+        target = True
+        strangers = [tuple(each.shape) for each in given if not _is_there(each) and each.dim()]
+        if strangers or not (asked_for is None or _is_accelerator(asked_for)):
+            raise RuntimeError(
+                f"{name} mixes tensors of {DEVICE} with such of the CPU's: {strangers}"
+            )
+        if name in ASKING:
+            _wait(name, log, noted=True)
+    if asked_for is not None:
         kwargs = kwargs | {"device": "cpu"}
-    found = operator(*tree_map(_held, args), **tree_map(_held, kwargs))
+    held_args, held_kwargs = tree_map(_held, (args, kwargs))
+    found = operator(*held_args, **held_kwargs)
     if name not in ALLOCATING and not _is_view(operator):
         log.launched.append(name)
-    if name == "_local_scalar_dense":
-        return found
+        if log.recorded is not None:
+            log.recorded.append((operator, held_args, held_kwargs, found))
     # What an operator changes in place, it gives back as the tensor it was given.
-    known = {id(each.held): each for each in given if isinstance(each, Elsewhere)}
+    known = {id(_held(each)): each for each in given}
 
     def told(value: Any) -> Any:
         if id(value) in known:
             return known[id(value)]
-        return Elsewhere(value) if isinstance(value, Tensor) else value
+        return Elsewhere(value) if target and isinstance(value, Tensor) else value
 
     return tree_map(told, found)
 
 
-def _copied(operator: Any, name: str, args: Any, kwargs: dict[str, Any], log: Log) -> Any:
-    """A copy, the one operator that may go from one memory to the other."""
-    if name == "copy_":
-        to, source = (isinstance(each, Elsewhere) for each in args[:2])
-        log.copied += to is not source
-        if source and not to:
-            log.asked.append(f"{name} in {_caller()}")
-        operator(*tree_map(_held, args), **kwargs)
-        return args[0]
-    source, target = args[0], kwargs.get("device") or args[0].device
-    log.copied += isinstance(source, Elsewhere) is not _is_accelerator(target)
-    if isinstance(source, Elsewhere) and not _is_accelerator(target):
+def _wait(name: str, log: Log, *, noted: bool) -> None:
+    """The CPU waits, which it may not while it records."""
+    if noted:
         log.asked.append(f"{name} in {_caller()}")
-    kept = {key: value for key, value in kwargs.items() if key != "device"}
-    made = operator(_held(source), **kept)
-    return Elsewhere(made) if _is_accelerator(target) else made
+    if log.recorded is not None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def _replay(recorded: list[tuple[Any, ...]]) -> None:
+    """Compute again, in the same memory."""
+    for operator, args, kwargs, found in recorded:
+        again = operator(*args, **kwargs)
+        for before, now in zip(tree_leaves(found), tree_leaves(again), strict=True):
+            if isinstance(before, Tensor) and before is not now:
+                before.copy_(now)
 
 
 def _is_view(operator: Any) -> bool:

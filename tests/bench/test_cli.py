@@ -374,6 +374,7 @@ def test_costs_may_be_left_out(bench, tmp_path: Path, monkeypatch) -> None:
         (("--ways", "13"), "13 ways were asked for; tiny has in its train split 12 classes"),
         (("--shots", "18"), "need 23 samples a class; tiny has in its train split a class with 20"),
         (("--set", "precision=tf32"), "precision tf32 is for NVIDIA GPUs, not for cpu"),
+        (("--set", "cuda_graphs=true"), "cuda_graphs is for NVIDIA GPUs, not for cpu"),
         (("--set", "precision=half"), "precision is 'half'; it must be one of float32, tf32, bf16"),
         (("--cell-timeout", "0"), "--cell-timeout is 0; it must be positive"),
         (("--devices", "cuda:7"), "there is no device 'cuda:7'; there are cpu"),

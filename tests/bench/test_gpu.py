@@ -34,6 +34,26 @@ def test_meta_gradient_on_the_gpu_equals_the_derivation(name: str, engine: str) 
         assert torch.allclose(value.grad.cpu(), expected[parameter], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("engine", ["higher", "batched"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil"])
+def test_a_training_from_cuda_graphs_is_the_one_without(name: str, engine: str) -> None:
+    found = []
+    for graphs in (False, True):
+        torch.manual_seed(1)
+        model = derivation.Net().double().cuda()
+        settings = {"inner_lr": 0.3, "inner_steps": 2, "engine": engine, "cuda_graphs": graphs}
+        algorithm = algorithms.create(name, model, **settings)
+        optimizer = torch.optim.Adam(algorithm.parameters(), lr=0.01)
+        for seed in range(5):
+            batch = derivation.make_batch(seed=seed)
+            scores = algorithm.meta_backward(batch)
+            found.append((scores.loss.cpu(), algorithm.evaluate(batch, 3).loss.cpu()))
+            optimizer.step()
+    for plain, recorded in zip(found[:5], found[5:], strict=True):
+        for expected, value in zip(plain, recorded, strict=True):
+            assert torch.allclose(expected, value, rtol=1e-7)
+
+
 def test_episodes_are_the_same_on_every_device() -> None:
     on = [datasets.loader("glyphs", batch_size=3, device=device)[2] for device in ("cpu", "cuda:0")]
     for half in ("train", "test"):
@@ -61,6 +81,18 @@ def test_a_sweep_over_both_devices(bench, fresh_processes, tmp_path: Path) -> No
     print(out)
     assert status == 0
     summary = pd.read_csv(tmp_path / "r" / "summary.csv").set_index("device")
+    assert summary["status"].eq("complete").all()
+    assert abs(summary["mean"].diff().iloc[-1]) < 0.15
+
+
+def test_a_run_by_cuda_graphs(bench, fresh_processes, tmp_path: Path) -> None:
+    status, out, _ = bench(
+        "run", "--algos", "maml", *QUICK, "--devices", "cuda:0", "--set", "cuda_graphs=true,false",
+        "--out", "r",
+    )  # fmt: skip
+    print(out)
+    assert status == 0
+    summary = pd.read_csv(tmp_path / "r" / "summary.csv")
     assert summary["status"].eq("complete").all()
     assert abs(summary["mean"].diff().iloc[-1]) < 0.15
 

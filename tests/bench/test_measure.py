@@ -14,6 +14,7 @@ import datasets
 from bench import measure
 from bench.errors import CellError, SourceChangedError
 from bench.sweep import Cell, Sweep
+from tests.accelerator import DEVICE, accelerator
 from tests.bench.conftest import TINY, measured_here
 
 
@@ -127,6 +128,39 @@ def test_an_accelerator_is_timed_by_events_between_synchronisations() -> None:
         2000,
     )  # a data set is not a step's
     assert taken["joules"] == pytest.approx(3.0)
+
+
+def test_of_what_is_recorded_work_is_counted_and_memory_is_not_told(
+    cell: Cell, monkeypatch
+) -> None:
+    """The allocator, and torch's counter, see nothing of a graph that is launched whole."""
+    layer = StandIn()
+    made = {"layer": layer, "event": layer.event, "joules": lambda: None}
+    monkeypatch.setattr(
+        measure, "meter_for", lambda device: measure.AcceleratorMeter(torch.device(device), **made)
+    )
+    with accelerator():
+        source = datasets.get("tiny")().load("train").to(DEVICE)
+        plain, recorded = (
+            measure.Subject(
+                cell.model_copy(
+                    update={
+                        "device": DEVICE,
+                        "hyperparameters": {**cell.hyperparameters, "cuda_graphs": graphs},
+                    }
+                ),
+                source,
+            )
+            for graphs in (False, True)
+        )
+        for phase in (measure.STEP, measure.EVALUATION):
+            assert plain.once(phase, 0)["peak_bytes"] == 400
+            assert recorded.once(phase, 0)["peak_bytes"] is None
+            assert recorded.once(phase, 0)["reserved_bytes"] == 2000
+            assert recorded.flops(phase) == plain.flops(phase) > 0
+        assert len(recorded.algorithm.recordings.kept) == 2
+        assert len(plain.growth()) == len(measure.GROWTH_STEPS)
+        assert recorded.growth() == []
 
 
 def test_energy_that_no_counter_tells_is_left_empty() -> None:
