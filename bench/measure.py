@@ -300,8 +300,8 @@ def measure(
         ``calibration``) and repeat: ``phase``, ``repeat``, ``seconds``, ``wall_seconds``,
         ``process_seconds``, ``peak_bytes`` (:meth:`Subject.peaks`; None for CUDA graphs),
         ``flops``, on accelerators ``reserved_bytes`` and ``joules``, and ``session``, which is the
-        same for cells that took turns. Before them one row for each of :data:`GROWTH_STEPS` ``inner_steps`` (``phase``
-        ``growth``): the peak of a meta-step with so many.
+        same for cells that took turns. Before them one row for each of :data:`GROWTH_STEPS`
+        ``inner_steps`` (``phase`` ``growth``): the peak of a meta-step with so many.
 
     Raises:
         MeasuringError: a process that failed; it says which cell's.

@@ -49,6 +49,7 @@ def launches(setting: Setting, **settings: object) -> int:
 
 
 def main() -> None:
+    """Count, and write the page."""
     head = ["setting", *WAYS_TO_RUN]
     lines = [head, ["---"] * len(head)]
     for setting in SETTINGS.values():
