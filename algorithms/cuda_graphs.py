@@ -75,7 +75,9 @@ class _Recording:
     ) -> None:
         self.tasks = replace(tasks, **_each(torch.clone, tasks))
         try:
-            self.replay, self.results = capture(lambda: _detached(function(self.tasks)))
+            self.replay, self.results = capture(
+                lambda: _detached(function(self.tasks)), tasks.support_inputs.device
+            )
         except RuntimeError as error:
             line = " ".join(str(error).split())
             raise RecordingError(line) from error
@@ -121,22 +123,23 @@ class _Recording:
             raise RecordingError(f"what is recorded comes to other results, by {error:.0e} of them")
 
 
-def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record what a function launches.
+def capture(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Record what a function launches on a GPU.
 
     Returns:
         What launches it again, and the function's results, which that writes anew.
     """
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries set themselves up as they are first used
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may go on loading data meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = function()
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up as they are first used
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on loading data meanwhile.
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            results = function()
     return graph.replay, results
 
 

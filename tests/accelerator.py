@@ -12,10 +12,10 @@ What it does not tell: how fast a GPU is, and how it rounds.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = "accel:0"
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal"}
@@ -102,7 +101,9 @@ class Accelerator(TorchDispatchMode):
         super().__init__()
         self.log = Log()
 
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def capture(
+        self, function: Callable[[], Any], device: torch.device
+    ) -> tuple[Callable[[], None], Any]:
         """What :func:`algorithms.cuda_graphs.capture` does, and as there nothing is computed yet
         and what would have to be waited for raises."""
         function()
@@ -111,16 +112,16 @@ class Accelerator(TorchDispatchMode):
             results = function()
         finally:
             self.log.recorded = None
-        for held in tree_leaves(results):
-            if isinstance(held, Elsewhere) and held.is_floating_point():
-                held.held.fill_(torch.nan)
+        for result in _tensors(results):
+            if result.is_floating_point():
+                result.held.fill_(torch.nan)
         return partial(_replay, recorded), results
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        there = any(map(_is_there, tree_leaves((args, kwargs))))
+        there = any(map(_is_there, _tensors((*args, *kwargs.values()))))
         if there or _is_accelerator(kwargs.get("device")):
             return _computed(operator, args, kwargs, self.log)
         return operator(*args, **kwargs)
@@ -131,6 +132,21 @@ def accelerator() -> Iterator[Log]:
     """An accelerator, as the device :data:`DEVICE`; it can be recorded."""
     with Accelerator() as mode, mock.patch("algorithms.cuda_graphs.capture", mode.capture):
         yield mode.log
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """A function of each value of an operator's arguments or results."""
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(function, each) for each in value)
+    if isinstance(value, dict):
+        return {key: _mapped(function, each) for key, each in value.items()}
+    return function(value)
+
+
+def _tensors(value: Any) -> list[Any]:
+    found: list[Any] = []
+    _mapped(lambda each: found.append(each) if isinstance(each, Tensor) else None, value)
+    return found
 
 
 def _is_accelerator(device: Any) -> bool:
@@ -147,7 +163,7 @@ def _held(value: Any) -> Any:
 
 def _computed(operator: Any, args: Any, kwargs: dict[str, Any], log: Log) -> Any:
     name = operator._schema.name.removeprefix("aten::")
-    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    given = _tensors((*args, *kwargs.values()))
     there = [_is_there(each) for each in given]
     asked_for = kwargs.get("device")
     if name in ("_to_copy", "copy_"):  # which alone may go from one memory to the other
@@ -163,11 +179,11 @@ def _computed(operator: Any, args: Any, kwargs: dict[str, Any], log: Log) -> Any
             raise RuntimeError(
                 f"{name} mixes tensors of {DEVICE} with such of the CPU's: {strangers}"
             )
-        if name in ASKING:
+        if name in ASKING or _by_mask(name, given):
             _wait(name, log, noted=True)
     if asked_for is not None:
         kwargs = kwargs | {"device": "cpu"}
-    held_args, held_kwargs = tree_map(_held, (args, kwargs))
+    held_args, held_kwargs = _mapped(_held, args), _mapped(_held, kwargs)
     found = operator(*held_args, **held_kwargs)
     if name not in ALLOCATING and not _is_view(operator):
         log.launched.append(name)
@@ -181,7 +197,7 @@ def _computed(operator: Any, args: Any, kwargs: dict[str, Any], log: Log) -> Any
             return known[id(value)]
         return Elsewhere(value) if target and isinstance(value, Tensor) else value
 
-    return tree_map(told, found)
+    return _mapped(told, found)
 
 
 def _wait(name: str, log: Log, *, noted: bool) -> None:
@@ -196,11 +212,17 @@ def _replay(recorded: list[tuple[Any, ...]]) -> None:
     """Compute again, in the same memory."""
     for operator, args, kwargs, found in recorded:
         again = operator(*args, **kwargs)
-        for before, now in zip(tree_leaves(found), tree_leaves(again), strict=True):
-            if isinstance(before, Tensor) and before is not now:
+        for before, now in zip(_tensors(found), _tensors(again), strict=True):
+            if before is not now:
                 before.copy_(now)
 
 
+def _by_mask(name: str, given: Sequence[Tensor]) -> bool:
+    """Whether an operator has to find out how many values a mask leaves."""
+    return name.startswith("index") and any(each.dtype == torch.bool for each in given[1:])
+
+
+@cache
 def _is_view(operator: Any) -> bool:
     aliases = [each.alias_info for each in operator._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
