@@ -380,7 +380,7 @@ class Algorithm(ABC):
         if not self.cuda_graphs:
             return function(tasks)
         kind = tasks.support_inputs.device.type
-        if kind == "cpu":
+        if kind in ("cpu", "mps", "xpu"):
             raise AlgorithmError(f"cuda_graphs is for NVIDIA GPUs, not for {kind}")
         if self.carried:
             raise AlgorithmError(f"cuda_graphs does not go with what {self.name} carries over")
