@@ -9,9 +9,11 @@ import torch
 import algorithms
 import datasets
 from algorithms import models
+from algorithms.maml import MAML
 from bench import measure
 from bench.sweep import Cell
 from tests.algorithms import derivation
+from tests.algorithms.test_cuda_graphs import Asking
 from tests.bench.conftest import QUICK, TINY
 
 pytestmark = [
@@ -35,7 +37,7 @@ def test_meta_gradient_on_the_gpu_equals_the_derivation(name: str, engine: str) 
 
 
 @pytest.mark.parametrize("engine", ["higher", "batched"])
-@pytest.mark.parametrize("name", ["maml", "fomaml", "anil"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "anil", "cavia", "imaml"])
 def test_a_training_from_cuda_graphs_is_the_one_without(name: str, engine: str) -> None:
     found = []
     for graphs in (False, True):
@@ -52,6 +54,17 @@ def test_a_training_from_cuda_graphs_is_the_one_without(name: str, engine: str) 
     for plain, recorded in zip(found[:5], found[5:], strict=True):
         for expected, value in zip(plain, recorded, strict=True):
             assert torch.allclose(expected, value, rtol=1e-7)
+
+
+def test_after_a_step_that_cannot_be_recorded_others_can() -> None:
+    batch = derivation.make_batch()
+    for algorithm, recordable in ((MAML, True), (Asking, False), (MAML, True)):
+        made = algorithm(derivation.Net().double().cuda(), cuda_graphs=True)
+        if recordable:
+            assert made.meta_backward(batch).loss.isfinite().all()
+        else:
+            with pytest.raises(algorithms.AlgorithmError, match="asking cannot be recorded"):
+                made.meta_backward(batch)
 
 
 def test_episodes_are_the_same_on_every_device() -> None:
