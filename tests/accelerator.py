@@ -56,9 +56,9 @@ class _Module(backend_registration._DummyBackendModule):
         return [torch.bfloat16]
 
 
-@cache
-def _register() -> None:
-    """Make the device known to torch, which from then on takes it for the machine's accelerator."""
+# Torch takes it for the machine's accelerator from then on, and has to know it before the first
+# gradient is computed.
+if not torch.cuda.is_available():
     backend_registration._setup_privateuseone_for_python_backend("accel", backend_module=_Module())
 
 
@@ -136,7 +136,6 @@ def accelerator() -> Iterator[Log]:
     """An accelerator, as the device :data:`DEVICE`; it can be recorded."""
     if torch.cuda.is_available():
         pytest.skip("there is a real accelerator: make gpu-check")
-    _register()
     with Accelerator() as mode, mock.patch("algorithms.cuda_graphs.capture", mode.capture):
         yield mode.log
 
