@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class Recordings:
             RecordingError: it cannot be recorded.
         """
         places = tuple((each.data_ptr(), each.requires_grad) for each in state)
-        shapes = tuple(None if t is None else (t.shape, t.dtype) for t in _parts(tasks).values())
+        shapes = tuple((name, t.shape, t.dtype) for name, t in _tensors(tasks).items())
         key = (key, places, shapes)
         recording = self.kept.get(key)
         if recording is None:
@@ -87,7 +87,7 @@ class _Recording:
             query_targets=tasks.query_targets.flip(1),
         )
         device = tasks.support_inputs.device
-        self.tasks = replace(tasks, **_each(torch.clone, tasks))
+        self.tasks = replace(tasks, **{name: t.clone() for name, t in _tensors(tasks).items()})
         # What is recorded has to come to what the function does, for other tasks and weights than
         # those it is recorded with; and nothing of that is to be seen in noise or weights.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -106,9 +106,8 @@ class _Recording:
             raise RecordingError(f"what is recorded comes to other results, by {away:.0e} of them")
 
     def run(self, tasks: Tasks) -> Any:
-        for name, value in _parts(tasks).items():
-            if value is not None:
-                getattr(self.tasks, name).copy_(value)
+        for name, value in _tensors(tasks).items():
+            getattr(self.tasks, name).copy_(value)
         self.replay()
         return self.results
 
@@ -174,13 +173,8 @@ def _first_cause(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _parts(tasks: Tasks) -> dict[str, Tensor | None]:
-    return {field.name: getattr(tasks, field.name) for field in fields(tasks)}
-
-
-def _each(function: Callable[[Tensor], Tensor], tasks: Tasks) -> dict[str, Tensor]:
-    parts = _parts(tasks).items()
-    return {name: function(value) for name, value in parts if value is not None}
+def _tensors(tasks: Tasks) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(tasks).items() if value is not None}
 
 
 def _detached(results: Any) -> Any:

@@ -50,11 +50,10 @@ def verify(
         here = {**settings, "engine": each}
         if each == "higher" and here.get("checkpoint_inner"):
             here["checkpoint_inner"] = False
-        if here.get("cuda_graphs"):
-            here["cuda_graphs"] = False
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(0)
             algorithm = create(name, twin, **here)
+            algorithm.cuda_graphs = False
             if state is not None:
                 algorithm.load_state_dict(state)
             algorithm.meta_backward(batch)

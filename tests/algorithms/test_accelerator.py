@@ -112,7 +112,7 @@ def test_a_meta_step_copies_its_batch_and_nothing_else(engine: str) -> None:
     assert log.copied == 4
 
 
-def test_batched_tasks_take_no_more_launches_than_one() -> None:
+def test_more_tasks_at_once_take_no_more_launches() -> None:
     with accelerator() as log:
         maml = made("maml", "batched", DEVICE)
         counts = []

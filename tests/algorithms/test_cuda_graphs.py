@@ -14,6 +14,7 @@ import algorithms
 from algorithms import AlgorithmError
 from algorithms.cuda_graphs import KEPT, _relative_error
 from algorithms.maml import MAML
+from algorithms.verification import verify
 from tests.accelerator import DEVICE, accelerator
 from tests.algorithms import derivation
 from tests.algorithms.test_accelerator import agree, made, step
@@ -208,6 +209,11 @@ def test_a_step_that_waits_cannot_be_recorded() -> None:
         asking = Asking(derivation.Net().double().to(DEVICE), cuda_graphs=True)
         with pytest.raises(AlgorithmError, match="asking cannot be recorded: operation not perm"):
             asking.meta_backward(batch)
+
+
+def test_a_gradient_is_verified_unrecorded() -> None:
+    (batch,) = batches(1)
+    assert verify("maml", derivation.Net(), batch, {"cuda_graphs": True}) < 1e-12
 
 
 def test_there_are_none_on_a_cpu() -> None:
