@@ -16,7 +16,7 @@ import torch
 
 import datasets
 from algorithms import AlgorithmError
-from bench import measure, plots
+from bench import measure
 from bench.dispatch import dispatch, employed
 from bench.distributed import ALONE, Team
 from bench.environment import git_commit
@@ -275,6 +275,8 @@ def run(
         finally:
             display.end()
         summary, swept = store.write_summary()
+        from bench import plots  # half a second, which nobody has to wait for before the first cell
+
         plots.draw_all(summary, store.figures, swept)
     return summary
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, special, stats
+from scipy import special
 
 Floats = npt.NDArray[np.float64]
 Over = Literal["episodes", "seeds", "classes", "repeats"]
@@ -147,7 +147,7 @@ def below_floor(interval: Interval, queries: int) -> bool:
         return False
     floor = binomial_floor(interval.estimate, queries, interval.n, interval.confidence)
     freedom = interval.n - 1
-    slack = math.sqrt(float(stats.chi2.ppf(0.001, freedom)) / freedom)
+    slack = math.sqrt(float(special.chdtri(freedom, 0.999)) / freedom)
     return interval.half_width < slack * floor
 
 
@@ -244,6 +244,8 @@ def paired_difference(
 
 def _wilcoxon_p(d: Floats, grain: float) -> float:
     """Of the signed ranks of d (n,), those that are apart by less than the grain ranked as ties."""
+    from scipy import stats  # half a second, which every process of a run would wait for
+
     steps = np.round(d / grain) if grain else d
     return float(stats.wilcoxon(steps).pvalue) if steps.any() else 1.0
 
@@ -432,10 +434,11 @@ def paired_ratio(a: npt.ArrayLike, b: npt.ArrayLike, confidence: float = 0.95) -
     n = ratios.size
     # The k-th values from either end enclose the median more often than `confidence`, the next
     # ones inwards less often.
-    k = int(stats.binom.ppf((1 - confidence) / 2, n, 0.5))
+    below = special.bdtr(np.arange(n + 1), n, 0.5)  # of n coins, up to 0, 1, ... n heads
+    k = int(np.searchsorted(below, (1 - confidence) / 2))
     low = high = math.nan
     if k > 0:
-        outer, inner = 1 - 2 * stats.binom.cdf(np.array([k - 1, k]), n, 0.5)
+        outer, inner = 1 - 2 * below[[k - 1, k]]
         share = (outer - confidence) / (outer - inner)
         weight = (n - k) * share / (k + (n - 2 * k) * share)
         low = math.exp((1 - weight) * ratios[k - 1] + weight * ratios[k])
@@ -497,6 +500,8 @@ def _sign_flip_p(d: Floats, grain: float, seed: int) -> float:
 
 def _level_where(excess: Callable[[float], float]) -> float:
     """The level in (0, 1] where `excess`, which falls with it, is zero: a p value."""
+    from scipy import optimize  # a tenth of a second, as above
+
     smallest = 1e-100
     if excess(1.0) >= 0:
         return 1.0
