@@ -22,7 +22,7 @@ def test_the_algorithm_in_ten_lines_is_ten_lines_and_equals_the_built_in_one(
     both = tmp_path / "my_fomaml.py"
     tiny = Path(QUICK[1]).read_text()
     both.write_text(block + "\n\n" + tiny)
-    quick = ("--plugin", str(both), *QUICK[2:])
+    quick = ("--plugin", str(both), *QUICK[2:], "--costs", "never")
     arguments = ["run", "--algos", "my_fomaml,fomaml", *quick, "--out", str(tmp_path / "r")]
     done = subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=README.parent)
     assert done.returncode == 0

@@ -608,8 +608,7 @@ def test_no_name_runs_or_becomes_markup(browser, tmp_path: Path) -> None:
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
 def test_nothing_overflows_and_axe_finds_no_fault(page, width: int, scheme: str) -> None:
     import axe_playwright_python
 
