@@ -113,12 +113,12 @@ def test_the_run_killed_whose_cells_other_processes_make(
     tmp_path: Path, whole: bool, counted: Counter[str]
 ) -> None:
     """SIGKILL of a run while two processes make its cells: they end too, and it goes on at once."""
-    several = ("--jobs", "2", "--cell-cpus", "1", "--seeds", "0,1", "--iterations", "60")
-    arguments = sweep("r", "--algos", "maml", *several)
+    by_one = sweep("r", "--algos", "maml", "--seeds", "0,1", "--iterations", "60")
+    arguments = [*by_one, "--jobs", "2", "--cell-cpus", "1"]
     places = [tmp_path / str(number) for number in range(11 if whole else 2)]
     for place in places:
         place.mkdir()
-    assert Attempt(arguments, places[0], quick).status() == 0
+    assert Attempt(by_one, places[0], quick).status() == 0
     expected = contents(places[0] / "r")
     chance = random.Random(0)
     for place in places[1:]:
