@@ -13,18 +13,22 @@ whose rules for normalisation layers have wrong second derivatives.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from algorithms.inner_loop import generator_state
+from algorithms.kernels import Windows
 from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
 from algorithms.precision import unrounded
 from algorithms.task_convolutions import Window, convolution
 from algorithms.task_normalisation import normalise
+
+L = TypeVar("L", bound=nn.Module)
 
 
 class TaskWeights:
@@ -135,21 +139,27 @@ class TaskBatchNorm(TaskLayer):
         self.statistics = layer.statistics
         self.averages = layer.averages
 
-    def forward(self, inputs: Tensor, *, relu: bool = False) -> Tensor:
-        """Normalise ``(tasks * groups * n, channels, *spatial)``, and rectify if asked to."""
+    def forward(
+        self, inputs: Tensor, *, relu: bool = False, pool: nn.MaxPool2d | None = None
+    ) -> Tensor:
+        """Normalise ``(tasks * groups * n, channels, *spatial)``, and rectify and pool if asked
+        to."""
         given, tasks = self.statistics, self.weights.tasks
         rows = unrounded(inputs).movedim(1, -1)
         grouped = rows.reshape(tasks * given.groups, -1, rows.shape[-1])
         if given.running or given.counted is not None:
             outputs = self._by_given(grouped)
-            outputs = outputs.relu() if relu else outputs
+            outputs, windows = outputs.relu() if relu else outputs, None
         else:
             if given.gather:
                 self._note(grouped.detach())
-            outputs = normalise(
-                grouped, self.eps, self._grouped("weight"), self._grouped("bias"), relu=relu
-            )
-        return self.weights.laid_out(outputs.view(rows.shape).movedim(-1, 1))
+            affine = self._grouped("weight"), self._grouped("bias")
+            windows = None if pool is None else _windows(pool, rows)
+            outputs = normalise(grouped, self.eps, *affine, relu=relu, windows=windows)
+        size = rows.shape[1:-1] if windows is None else windows.size
+        pixels = outputs.view(len(rows), *size, rows.shape[-1])
+        found = self.weights.laid_out(pixels.movedim(-1, 1))
+        return found if pool is None or windows is not None else pool(found)
 
     def _by_given(self, grouped: Tensor) -> Tensor:
         """Normalised by running averages, or by the statistics of a group's first samples."""
@@ -180,21 +190,44 @@ class TaskBatchNorm(TaskLayer):
 
 
 class TaskSequential(nn.Sequential):
-    """``nn.Sequential``, in which batch normalisation and a rectifier right after it are one."""
+    """``nn.Sequential``, in which batch normalisation, a rectifier right after it and a pooling
+    after that are one."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        layers = iter([*self, None])
-        layer = next(layers)
-        while layer is not None:
-            after = next(layers)
-            plain = type(after) is nn.ReLU and not hooked(after)
-            if isinstance(layer, TaskBatchNorm) and plain:
-                inputs = TaskBatchNorm.forward(layer, inputs, relu=True)
-                after = next(layers)
+        layers = deque(self)
+        while layers:
+            layer = layers.popleft()
+            if isinstance(layer, TaskBatchNorm):
+                relu = _next(layers, nn.ReLU) is not None
+                pool = _next(layers, nn.MaxPool2d)
+                inputs = TaskBatchNorm.forward(layer, inputs, relu=relu, pool=pool)
             else:
                 inputs = layer(inputs)
-            layer = after
         return inputs
+
+
+def _next(layers: deque[nn.Module], kind: type[L]) -> L | None:
+    """The layer that comes next, taken away, if it is just of this kind."""
+    if layers and type(layers[0]) is kind and not hooked(layers[0]):
+        return cast("L", layers.popleft())
+    return None
+
+
+def _windows(pool: nn.MaxPool2d, pixels: Tensor) -> Windows | None:
+    """The windows of pixels ``(n, height, width, channels)`` that a pooling takes the highest of;
+    None where they do not lie side by side."""
+    window, stride = _pair(pool.kernel_size), _pair(pool.stride)
+    plain = (_pair(pool.padding), _pair(pool.dilation), pool.ceil_mode) == ((0, 0), (1, 1), False)
+    if not plain or pool.return_indices or window != stride or pixels.dim() != 4:
+        return None
+    _, height, width, _ = pixels.shape
+    if window[0] > height or window[1] > width:
+        return None
+    return Windows(height, width, *window)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class TaskLayerNorm(TaskLayer):

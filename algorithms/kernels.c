@@ -222,199 +222,380 @@ int convolution_to_kernels(const Geometry *s, Gemm *gemm, REAL *images, REAL *ke
  *
  *   y = (x - mean x) * scale,  scale = 1 / sqrt(variance x + eps);  z = w y + b;  out = relu z
  *
- * Means are over rows. w and b may be NULL (1 and 0), and relu is applied where asked for. */
+ * Means are over rows. w and b may be NULL (1 and 0), and relu is applied where asked for.
+ *
+ * Rows may be the pixels of pictures, and the outputs then the highest of each window of them; the
+ * windows lie side by side, and what none holds whole goes into none. `window_height` is 0 where
+ * outputs are of rows. */
 typedef struct {
     int64_t threads, groups, rows, channels, relu;
+    int64_t height, width, window_height, window_width;
     double eps;
 } Layout;
 
-/* What the functions below read and fill: (groups, rows, channels) or (groups, channels). */
+/* What the functions below read and fill: (groups, rows, channels) or (groups, channels). Of
+ * windows, there are (groups, windows, channels) of out, to_out, to_to_out, and of `highest`: y at
+ * the place of the output, which is the first of its window where y is that. */
 typedef struct {
-    const REAL *x, *w, *b, *to_out, *to_y, *through, *u, *v_w, *v_b, *sum_h_y;
-    REAL *out, *y, *scale, *to_x, *to_w, *to_b, *to_to_out, *to_standard, *to_scale;
+    const REAL *x, *w, *b, *to_out, *to_y, *through, *u, *v_w, *v_b, *sum_h, *sum_h_y;
+    REAL *out, *y, *scale, *highest, *to_x, *to_w, *to_b, *to_to_out, *to_standard, *to_scale;
 } Tensors;
 
-/* An item, which a thread takes whole: some channels of a group. */
+/* Sums over rows come first, and what needs them is done in a second pass over the rows. A group may
+ * be cut into parts, and each of the parts has sums of its own. */
+#define SUMS 4
+#define CUT 65536 /* elements of a part, at least, where groups are few */
 typedef struct {
-    int64_t group, low, high;
-    REAL *vectors; /* VECTORS of them, of `channels` elements each */
-} Item;
+    const Layout *layout;
+    const Tensors *t;
+    int64_t group, first, last; /* the rows of a part */
+    int64_t part, parts;        /* which of how many */
+    REAL *sums;                 /* (parts, SUMS, channels) of the group */
+} Part;
 
-#define VECTORS 10
-#define LINE 16 /* channels of an item where groups are few */
-#define RUN 64  /* rows that are summed at once, so that rounding does not grow with the rows */
+typedef void Pass(const Part *);
 
-typedef void Function(const Layout *, const Tensors *, const Item *);
-
-static int for_every_item(Function *function, const Layout *layout, const Tensors *tensors) {
-    const int64_t channels = layout->channels;
-    const int64_t width = layout->groups < layout->threads ? LINE : channels;
-    const int64_t ranges = (channels + width - 1) / width;
-    int failed = 0;
-#pragma omp parallel num_threads(layout->threads) reduction(| : failed)
-    {
-        REAL *vectors = malloc(VECTORS * channels * sizeof(REAL));
-        failed = vectors == NULL;
-#pragma omp for
-        for (int64_t i = 0; i < layout->groups * ranges; i++) {
-            const int64_t low = i % ranges * width;
-            const int64_t high = low + width < channels ? low + width : channels;
-            const Item item = {i / ranges, low, high, vectors};
-            if (vectors != NULL)
-                function(layout, tensors, &item);
-        }
-        free(vectors);
-    }
-    return failed;
+static Part part_of(const Layout *layout, const Tensors *t, int64_t parts, int64_t item, REAL *sums) {
+    const int64_t unit = layout->window_height ? layout->height * layout->width : 1;
+    const int64_t units = layout->rows / unit, group = item / parts, part = item % parts;
+    return (Part){layout, t, group, units * part / parts * unit, units * (part + 1) / parts * unit,
+                  part, parts, sums + group * parts * SUMS * layout->channels};
 }
 
-/* The names that an item's function uses: p_1 and p_2 are for sums, v_1 to v_6 free. */
-#define ITEM                                                                                       \
+static int in_two_passes(Pass *first, Pass *second, const Layout *layout, const Tensors *t) {
+    const int64_t unit = layout->window_height ? layout->height * layout->width : 1;
+    /* As many whatever the threads, so that these do not matter. */
+    int64_t parts = (PARTS + layout->groups - 1) / layout->groups;
+    if (parts > layout->rows * layout->channels / CUT)
+        parts = layout->rows * layout->channels / CUT;
+    if (parts > layout->rows / unit)
+        parts = layout->rows / unit;
+    if (parts < 1)
+        parts = 1;
+    const int64_t items = layout->groups * parts;
+    REAL *sums = malloc(items * SUMS * layout->channels * sizeof(REAL));
+    if (sums == NULL)
+        return 1;
+#pragma omp parallel num_threads(layout->threads)
+    {
+#pragma omp for
+        for (int64_t item = 0; item < items; item++) {
+            const Part part = part_of(layout, t, parts, item, sums);
+            first(&part);
+            if (parts == 1) /* while its rows are in the cache */
+                second(&part);
+        }
+        if (parts > 1) {
+#pragma omp for
+            for (int64_t item = 0; item < items; item++) {
+                const Part part = part_of(layout, t, parts, item, sums);
+                second(&part);
+            }
+        }
+    }
+    free(sums);
+    return 0;
+}
+
+/* Channels are passed in blocks, whose widths the compiler knows but for those of odd widths. */
+#define BLOCK_OF_CHANNELS 64
+#define INLINE static inline __attribute__((always_inline))
+#define PASS(name)                                                                                 \
+    static void name(const Part *part) {                                                           \
+        for (int64_t low = 0; low < part->layout->channels; low += BLOCK_OF_CHANNELS) {            \
+            const int64_t left = part->layout->channels - low;                                     \
+            if (left >= BLOCK_OF_CHANNELS)                                                         \
+                name##_block(part, low, BLOCK_OF_CHANNELS);                                        \
+            else if (left == BLOCK_OF_CHANNELS / 2)                                                \
+                name##_block(part, low, BLOCK_OF_CHANNELS / 2);                                    \
+            else                                                                                   \
+                name##_block(part, low, left);                                                     \
+        }                                                                                          \
+    }
+
+/* The names that a pass uses. `at` is where the group's rows begin, `at_output` where its outputs
+ * do, and `few` where its channels do; a part's outputs are from `first_output` to `last_output`. */
+#define NAMES                                                                                      \
+    const Layout *layout = part->layout;                                                           \
+    const Tensors *t = part->t;                                                                    \
     const int64_t rows = layout->rows, channels = layout->channels;                                \
-    const int64_t low = item->low, high = item->high, few = item->group * channels;                \
-    const int64_t at = few * rows;                                                                 \
+    const int64_t first = part->first, last = part->last;                                          \
+    const int64_t height = layout->height, width = layout->width;                                  \
+    const int64_t window_height = layout->window_height, window_width = layout->window_width;      \
+    const int64_t pixels = window_height ? height * width : 1;                                     \
+    const int64_t outputs =                                                                        \
+        window_height ? (height / window_height) * (width / window_width) : 1;                     \
+    const int64_t first_output = first / pixels * outputs, last_output = last / pixels * outputs;  \
+    const int64_t few = part->group * channels + low, at = few + part->group * channels * (rows - 1); \
+    const int64_t at_output = few + part->group * channels * (rows / pixels * outputs - 1);        \
     const REAL share = (REAL)1 / rows, lowest = layout->relu ? 0 : (REAL)NAN;                      \
-    REAL *restrict p_1 = item->vectors, *restrict p_2 = p_1 + channels;                            \
-    REAL *restrict w = p_2 + channels, *restrict b = w + channels;                                 \
-    REAL *restrict v_1 = b + channels, *restrict v_2 = v_1 + channels;                             \
-    REAL *restrict v_3 = v_2 + channels, *restrict v_4 = v_3 + channels;                           \
-    REAL *restrict v_5 = v_4 + channels, *restrict v_6 = v_5 + channels;                           \
+    REAL w[BLOCK_OF_CHANNELS], b[BLOCK_OF_CHANNELS];                                               \
     EACH_CHANNEL(w[c] = t->w ? t->w[few + c] : 1; b[c] = t->b ? t->b[few + c] : 0)                 \
-    (void)p_1, (void)p_2, (void)v_1, (void)v_2, (void)v_3, (void)v_4, (void)v_5, (void)v_6;        \
-    (void)share, (void)lowest, (void)at
+    (void)w, (void)b, (void)at, (void)share, (void)lowest, (void)first_output, (void)last_output,  \
+        (void)at_output
 
 #define EACH_CHANNEL(statement)                                                                    \
-    for (int64_t c = low; c < high; c++) {                                                         \
-        statement;                                                                                 \
-    }
+    _Pragma("omp simd") for (int64_t c = 0; c < block; c++) { statement; }
 
 /* `c` is an element's channel, `i` its index. */
 #define EACH(from, to, statement)                                                                  \
     for (int64_t row = from; row < to; row++) {                                                    \
-        _Pragma("omp simd") for (int64_t c = low; c < high; c++) {                                 \
+        _Pragma("omp simd") for (int64_t c = 0; c < block; c++) {                                  \
             const int64_t i = row * channels + c;                                                  \
+            (void)i;                                                                               \
             statement;                                                                             \
         }                                                                                          \
     }
 
-/* A pass in runs: `statement` adds to p_1[c] and p_2[c], what they came to is taken at the end of
- * each run of `count` rows from `first`. */
-#define IN_RUNS(statement, at_the_end)                                                             \
-    for (int64_t first = 0; first < rows; first += RUN) {                                          \
-        const int64_t count = rows - first < RUN ? rows - first : RUN;                             \
-        EACH_CHANNEL(p_1[c] = 0; p_2[c] = 0)                                                       \
-        EACH(first, first + count, statement)                                                      \
-        at_the_end;                                                                                \
+/* A pass in runs of rows, so that rounding does not grow with the rows: `statement` adds to the
+ * `run`s of sums, and what they came to is taken after each run of `count` rows from `begun`. */
+#define RUN 64
+#define IN_RUNS(from, to, statement, after)                                                        \
+    for (int64_t begun = from; begun < to; begun += RUN) {                                         \
+        const int64_t count = to - begun < RUN ? to - begun : RUN;                                 \
+        EACH_CHANNEL(run_1[c] = run_2[c] = run_3[c] = 0)                                           \
+        EACH(begun, begun + count, statement)                                                      \
+        after;                                                                                     \
     }
 
-#define TWO_SUMS(sum_1, sum_2, statement)                                                          \
-    EACH_CHANNEL(sum_1[c] = 0; sum_2[c] = 0)                                                       \
-    IN_RUNS(statement, EACH_CHANNEL(sum_1[c] += p_1[c]; sum_2[c] += p_2[c]))
+/* Sums of a part: made of runs, kept, and brought together. */
+#define RUNS REAL run_1[BLOCK_OF_CHANNELS], run_2[BLOCK_OF_CHANNELS], run_3[BLOCK_OF_CHANNELS]
+#define SUM(k) (part->sums + (part->part * SUMS + k) * channels + low)
+#define ADD_RUNS(k)                                                                                \
+    EACH_CHANNEL(SUM(k)[c] += run_1[c]; SUM(k + 1)[c] += run_2[c]; run_1[c] = run_2[c] = 0)
+#define TOTAL(name, k)                                                                             \
+    REAL name[BLOCK_OF_CHANNELS];                                                                  \
+    EACH_CHANNEL(name[c] = 0)                                                                      \
+    for (int64_t each = 0; each < part->parts; each++)                                             \
+    EACH_CHANNEL(name[c] += part->sums[(each * SUMS + k) * channels + low + c])
+
+/* A pass by windows: `before` each, for each channel; `statement` for each element of it; `after`
+ * it, where it is `whole`, with the index `o` of its output; and at the end of each line of them. */
+#define EACH_WINDOW(before, statement, after, at_the_end)                                          \
+    for (int64_t picture = first, window = first_output; picture < last; picture += pixels)        \
+        for (int64_t top = 0; top < height; top += window_height) {                                \
+            for (int64_t left = 0; left < width; left += window_width) {                           \
+                const int64_t below = top + window_height, beside = left + window_width;           \
+                const int whole = below <= height && beside <= width;                              \
+                const int64_t begin = picture + top * width;                                       \
+                const int64_t end = picture + (below < height ? below : height) * width;           \
+                const int64_t right = beside < width ? beside : width;                             \
+                EACH(window, window + 1, before)                                                   \
+                for (int64_t line = begin; line < end; line += width)                              \
+                    EACH(line + left, line + right, statement)                                     \
+                if (whole)                                                                         \
+                    EACH(window, window + 1, after)                                                \
+                window += whole;                                                                   \
+            }                                                                                      \
+            at_the_end;                                                                            \
+        }
 
 /* Whether the rectifier passes z: as it is written, what is not a number passes, and without a
  * rectifier, when `lowest` is none, everything does, also what has overflowed. */
 #define PASSES(z) (!((z) <= lowest))
 
-static void normalise_item(const Layout *layout, const Tensors *t, const Item *item) {
-    ITEM;
+/* Of a window the first of the highest is taken, and what is not a number before all. */
+#define HIGHER(z, than) ((z) > (than) || (z) != (z))
+
+/* What arrives at a window, and the place where; once it is found it is no more looked for. */
+#define WINDOW REAL arriving[BLOCK_OF_CHANNELS], place[BLOCK_OF_CHANNELS]
+#define LOOK_FOR_PLACE                                                                             \
+    arriving[c] = whole && PASSES(w[c] * highest[i] + b[c]) ? to_out[i] : 0;                       \
+    place[c] = whole ? highest[i] : (REAL)NAN
+#define AT_PLACE(h)                                                                                \
+    const int there = y[i] == place[c];                                                            \
+    const REAL h = there ? arriving[c] : 0;                                                        \
+    place[c] = there ? (REAL)NAN : place[c]
+
+/* The mean of a part, and the sum of squares of what is about it. Runs, and then parts, are joined
+ * as by Chan et al. 1979: exact, and each run is read from memory once. */
+#define JOIN(mean, squares, of, more_mean, more_squares, more)                                     \
+    const REAL away = more_mean - mean;                                                            \
+    const REAL weight = (REAL)(more) / (of + more);                                                \
+    mean += away * weight;                                                                         \
+    squares += more_squares + away * away * weight * of
+
+INLINE void normalise_sums_block(const Part *part, const int64_t low, const int64_t block) {
+    NAMES;
+    RUNS;
     const REAL *restrict x = t->x + at;
-    REAL *restrict out = t->out + at, *restrict scale = t->scale + few;
-    REAL *restrict mean = v_1, *restrict squares = v_2; /* of what is about the mean */
-    EACH_CHANNEL(mean[c] = 0; squares[c] = 0)
-    /* Runs are joined as by Chan et al. 1979: exact, and each is read from memory once. */
-    IN_RUNS(
-        p_1[c] += x[i],
-        EACH_CHANNEL(p_1[c] /= count)
-        EACH(first, first + count, p_2[c] += (x[i] - p_1[c]) * (x[i] - p_1[c]))
-        EACH_CHANNEL(
-            const REAL away = p_1[c] - mean[c]; const REAL part = (REAL)count / (first + count);
-            mean[c] += away * part;
-            squares[c] += p_2[c] + away * away * part * first))
-    EACH_CHANNEL(scale[c] = 1 / SQRT(squares[c] * share + (REAL)layout->eps))
-    if (t->y) {
-        REAL *restrict y = t->y + at;
-        EACH(0, rows, const REAL standard = (x[i] - mean[c]) * scale[c];
-             const REAL z = w[c] * standard + b[c]; y[i] = standard; out[i] = PASSES(z) ? z : 0)
-    } else
-        EACH(0, rows, const REAL z = w[c] * ((x[i] - mean[c]) * scale[c]) + b[c];
-             out[i] = PASSES(z) ? z : 0)
+    REAL mean[BLOCK_OF_CHANNELS], squares[BLOCK_OF_CHANNELS];
+    EACH_CHANNEL(mean[c] = squares[c] = 0)
+    IN_RUNS(first, last, run_1[c] += x[i],
+            EACH_CHANNEL(run_1[c] /= count)
+            EACH(begun, begun + count, run_2[c] += (x[i] - run_1[c]) * (x[i] - run_1[c]))
+            EACH_CHANNEL(JOIN(mean[c], squares[c], (begun - first), run_1[c], run_2[c], count)))
+    EACH_CHANNEL(SUM(0)[c] = mean[c]; SUM(1)[c] = squares[c])
 }
 
-/* Fills out, scale and, unless it is NULL, y from x. */
-int normalise(const Layout *layout, const Tensors *tensors) {
-    return for_every_item(normalise_item, layout, tensors);
-}
-
-static void normalise_backward_item(const Layout *layout, const Tensors *t, const Item *item) {
-    ITEM;
-    const REAL *restrict y = t->y + at, *restrict scale = t->scale + few;
-    REAL *restrict to_x = t->to_x + at; /* holds h, then k, until their means are known */
-    REAL *restrict sum_h = t->to_b + few, *restrict sum_h_y = t->to_w + few;
-    REAL *restrict mean_k = v_1, *restrict mean_k_y = v_2;
-    REAL *restrict factor = v_3, *restrict through = v_4;
-    if (t->to_out) {
-        const REAL *restrict to_out = t->to_out + at;
-        TWO_SUMS(sum_h, sum_h_y, const REAL arriving = to_out[i];
-                 const REAL h = PASSES(w[c] * y[i] + b[c]) ? arriving : 0;
-                 to_x[i] = h; p_1[c] += h; p_2[c] += h * y[i])
-    } else {
-        EACH(0, rows, to_x[i] = 0)
-        EACH_CHANNEL(sum_h[c] = 0; sum_h_y[c] = 0)
+INLINE void normalise_rest_block(const Part *part, const int64_t low, const int64_t block) {
+    NAMES;
+    const REAL *restrict x = t->x + at;
+    REAL *restrict out = t->out + at_output;
+    REAL mean[BLOCK_OF_CHANNELS], squares[BLOCK_OF_CHANNELS], scale[BLOCK_OF_CHANNELS];
+    EACH_CHANNEL(mean[c] = squares[c] = 0)
+    for (int64_t each = 0; each < part->parts; each++) {
+        const Part other = part_of(layout, t, part->parts, part->group * part->parts + each, NULL);
+        const REAL *restrict sums = part->sums + each * SUMS * channels + low;
+        EACH_CHANNEL(JOIN(mean[c], squares[c], other.first, sums[c], sums[channels + c],
+                          (other.last - other.first)))
     }
+    EACH_CHANNEL(scale[c] = 1 / SQRT(squares[c] * share + (REAL)layout->eps))
+    if (part->part == 0)
+        EACH_CHANNEL(t->scale[few + c] = scale[c])
+#define STANDARD const REAL standard = (x[i] - mean[c]) * scale[c]; const REAL z = w[c] * standard + b[c]
+    REAL top_z[BLOCK_OF_CHANNELS], top_y[BLOCK_OF_CHANNELS];
+    if (window_height && t->y) {
+        REAL *restrict y = t->y + at, *restrict highest = t->highest + at_output;
+        EACH_WINDOW(top_z[c] = top_y[c] = -(REAL)INFINITY,
+                    STANDARD; const int higher = HIGHER(z, top_z[c]); y[i] = standard;
+                    top_z[c] = higher ? z : top_z[c]; top_y[c] = higher ? standard : top_y[c],
+                    out[i] = PASSES(top_z[c]) ? top_z[c] : 0; highest[i] = top_y[c], )
+    } else if (window_height) {
+        EACH_WINDOW(top_z[c] = -(REAL)INFINITY,
+                    STANDARD; top_z[c] = HIGHER(z, top_z[c]) ? z : top_z[c],
+                    out[i] = PASSES(top_z[c]) ? top_z[c] : 0, )
+    } else if (t->y) {
+        REAL *restrict y = t->y + at;
+        EACH(first, last, STANDARD; y[i] = standard; out[i] = PASSES(z) ? z : 0)
+    } else
+        EACH(first, last, STANDARD; out[i] = PASSES(z) ? z : 0)
+}
+
+PASS(normalise_sums)
+PASS(normalise_rest)
+
+/* Fills out, scale and, unless they are NULL, y and highest from x. */
+int normalise(const Layout *layout, const Tensors *tensors) {
+    return in_two_passes(normalise_sums, normalise_rest, layout, tensors);
+}
+
+INLINE void backward_sums_block(const Part *part, const int64_t low, const int64_t block) {
+    NAMES;
+    RUNS;
+    const REAL *restrict y = t->y + at, *restrict to_out = t->to_out + at_output;
+    const REAL *restrict reached = window_height ? t->highest + at_output : y; /* y of outputs */
+    EACH_CHANNEL(SUM(0)[c] = SUM(1)[c] = SUM(2)[c] = SUM(3)[c] = 0)
+    IN_RUNS(first_output, last_output,
+            const REAL h = PASSES(w[c] * reached[i] + b[c]) ? to_out[i] : 0;
+            run_1[c] += h; run_2[c] += h * reached[i], ADD_RUNS(0))
     if (t->to_y) {
         const REAL *restrict to_y = t->to_y + at;
-        TWO_SUMS(mean_k, mean_k_y, const REAL k = w[c] * to_x[i] + to_y[i];
-                 to_x[i] = k; p_1[c] += k; p_2[c] += k * y[i])
-        EACH_CHANNEL(factor[c] = scale[c])
-    } else
-        EACH_CHANNEL(mean_k[c] = w[c] * sum_h[c]; mean_k_y[c] = w[c] * sum_h_y[c];
-                     factor[c] = w[c] * scale[c])
-    EACH_CHANNEL(mean_k[c] *= share * scale[c];
-                 through[c] = (t->through ? t->through[few + c] : 0) - mean_k_y[c] * share * scale[c])
-    EACH(0, rows, to_x[i] = factor[c] * to_x[i] - mean_k[c] + y[i] * through[c])
+        IN_RUNS(first, last, run_1[c] += to_y[i]; run_2[c] += to_y[i] * y[i], ADD_RUNS(2))
+    }
 }
 
-/* The derivatives of `normalise`, transposed. With h = to_out where z passes, and 0 elsewhere,
+INLINE void backward_rest_block(const Part *part, const int64_t low, const int64_t block) {
+    NAMES;
+    const REAL *restrict y = t->y + at, *restrict to_out = t->to_out + at_output;
+    REAL *restrict to_x = t->to_x + at;
+    TOTAL(sum_h, 0)
+    TOTAL(sum_h_y, 1)
+    TOTAL(mean_k, 2)
+    TOTAL(through, 3)
+    if (part->part == 0)
+        EACH_CHANNEL(t->to_b[few + c] = sum_h[c]; t->to_w[few + c] = sum_h_y[c])
+    REAL scale[BLOCK_OF_CHANNELS], factor[BLOCK_OF_CHANNELS];
+    EACH_CHANNEL(
+        scale[c] = t->scale[few + c]; factor[c] = w[c] * scale[c];
+        mean_k[c] = (mean_k[c] + w[c] * sum_h[c]) * share * scale[c];
+        through[c] = (t->through ? t->through[few + c] : 0) -
+                     (through[c] + w[c] * sum_h_y[c]) * share * scale[c])
+    WINDOW;
+    if (window_height && t->to_y) {
+        const REAL *restrict to_y = t->to_y + at, *restrict highest = t->highest + at_output;
+        EACH_WINDOW(LOOK_FOR_PLACE, AT_PLACE(h); to_x[i] = factor[c] * h + scale[c] * to_y[i] -
+                                                           mean_k[c] + y[i] * through[c], , )
+    } else if (window_height) {
+        const REAL *restrict highest = t->highest + at_output;
+        EACH_WINDOW(LOOK_FOR_PLACE,
+                    AT_PLACE(h); to_x[i] = factor[c] * h - mean_k[c] + y[i] * through[c], , )
+    } else if (t->to_y) {
+        const REAL *restrict to_y = t->to_y + at;
+        EACH(first, last, const REAL h = PASSES(w[c] * y[i] + b[c]) ? to_out[i] : 0;
+             to_x[i] = factor[c] * h + scale[c] * to_y[i] - mean_k[c] + y[i] * through[c])
+    } else
+        EACH(first, last, const REAL h = PASSES(w[c] * y[i] + b[c]) ? to_out[i] : 0;
+             to_x[i] = factor[c] * h - mean_k[c] + y[i] * through[c])
+}
+
+PASS(backward_sums)
+PASS(backward_rest)
+
+/* The derivatives of `normalise`, transposed. With h = to_out where z passes and, of windows, at the
+ * place of the output, and 0 elsewhere,
  *
  *   to_b = sum h;  to_w = sum h y
  *   to_x = scale (k - mean k - y mean(k y)) + y through,  k = w h + to_y
  *
- * to_out, to_y and through, what arrives by way of out, y and scale, may be NULL (0). */
+ * to_y and through, what arrives by way of y and scale, may be NULL (0). */
 int normalise_backward(const Layout *layout, const Tensors *tensors) {
-    return for_every_item(normalise_backward_item, layout, tensors);
+    return in_two_passes(backward_sums, backward_rest, layout, tensors);
 }
 
-static void normalise_twice_item(const Layout *layout, const Tensors *t, const Item *item) {
-    ITEM;
-    const REAL *restrict u = t->u + at, *restrict to_out = t->to_out + at;
-    const REAL *restrict y = t->y + at, *restrict scale = t->scale + few;
-    REAL *restrict to_to_out = t->to_to_out + at, *restrict to_standard = t->to_standard + at;
-    REAL *restrict to_scale = t->to_scale + few, *restrict to_w = t->to_w + few;
-    REAL *restrict mean_u = v_1, *restrict mean_u_y = v_2, *restrict size = v_3;
-    REAL *restrict v_w = v_4, *restrict mean_h_y = v_5, *restrict v_b = v_6;
-    TWO_SUMS(mean_u, mean_u_y, p_1[c] += u[i]; p_2[c] += u[i] * y[i])
-    EACH_CHANNEL(mean_u[c] *= share; mean_u_y[c] *= share; size[c] = w[c] * scale[c];
-                 mean_h_y[c] = t->sum_h_y[few + c] * share;
-                 v_w[c] = t->v_w ? t->v_w[few + c] : 0;
-                 v_b[c] = t->v_b ? t->v_b[few + c] : 0; to_scale[c] = 0)
-    IN_RUNS(
-        const REAL z = w[c] * y[i] + b[c]; const REAL arriving = to_out[i];
-        const REAL h = PASSES(z) ? arriving : 0;
-        const REAL centred = u[i] - mean_u[c] - y[i] * mean_u_y[c];
-        const REAL to_h = size[c] * centred + v_b[c] + y[i] * v_w[c];
-        to_to_out[i] = PASSES(z) ? to_h : 0;
-        to_standard[i] = v_w[c] * h - size[c] * (u[i] * mean_h_y[c] + h * mean_u_y[c]);
-        p_1[c] += h * centred,
-        EACH_CHANNEL(to_scale[c] += p_1[c]))
-    EACH_CHANNEL(to_w[c] = scale[c] * to_scale[c]; to_scale[c] *= w[c])
+INLINE void twice_sums_block(const Part *part, const int64_t low, const int64_t block) {
+    NAMES;
+    RUNS;
+    const REAL *restrict u = t->u + at, *restrict y = t->y + at;
+    const REAL *restrict to_out = t->to_out + at_output;
+    EACH_CHANNEL(SUM(0)[c] = SUM(1)[c] = SUM(2)[c] = SUM(3)[c] = 0)
+#define ADD run_1[c] += u[i]; run_2[c] += u[i] * y[i]; run_3[c] += h * u[i]
+#define ADD_THREE                                                                                  \
+    ADD_RUNS(0)                                                                                    \
+    EACH_CHANNEL(SUM(2)[c] += run_3[c]; run_3[c] = 0)
+    if (window_height) {
+        const REAL *restrict highest = t->highest + at_output;
+        WINDOW;
+        EACH_CHANNEL(run_1[c] = run_2[c] = run_3[c] = 0)
+        EACH_WINDOW(LOOK_FOR_PLACE, AT_PLACE(h); ADD, , ADD_THREE)
+    } else
+        IN_RUNS(first, last, const REAL h = PASSES(w[c] * y[i] + b[c]) ? to_out[i] : 0; ADD,
+                ADD_THREE)
 }
+
+INLINE void twice_rest_block(const Part *part, const int64_t low, const int64_t block) {
+    NAMES;
+    const REAL *restrict u = t->u + at, *restrict y = t->y + at;
+    const REAL *restrict to_out = t->to_out + at_output;
+    REAL *restrict to_to_out = t->to_to_out + at_output, *restrict to_standard = t->to_standard + at;
+    TOTAL(mean_u, 0)
+    TOTAL(mean_u_y, 1)
+    TOTAL(along, 2)
+    REAL size[BLOCK_OF_CHANNELS], mean_h_y[BLOCK_OF_CHANNELS];
+    REAL v_w[BLOCK_OF_CHANNELS], v_b[BLOCK_OF_CHANNELS];
+    EACH_CHANNEL(mean_u[c] *= share; mean_u_y[c] *= share; size[c] = w[c] * t->scale[few + c];
+                 mean_h_y[c] = t->sum_h_y[few + c] * share;
+                 v_w[c] = t->v_w ? t->v_w[few + c] : 0; v_b[c] = t->v_b ? t->v_b[few + c] : 0;
+                 along[c] -= mean_u[c] * t->sum_h[few + c] + mean_u_y[c] * t->sum_h_y[few + c])
+    if (part->part == 0)
+        EACH_CHANNEL(t->to_scale[few + c] = w[c] * along[c];
+                     t->to_w[few + c] = t->scale[few + c] * along[c])
+#define TO_H                                                                                       \
+    const REAL to_h = size[c] * (u[i] - mean_u[c] - y[i] * mean_u_y[c]) + v_b[c] + y[i] * v_w[c];  \
+    to_standard[i] = v_w[c] * h - size[c] * (u[i] * mean_h_y[c] + h * mean_u_y[c])
+    if (window_height) {
+        const REAL *restrict highest = t->highest + at_output;
+        WINDOW;
+        REAL reached[BLOCK_OF_CHANNELS];
+        EACH_WINDOW(LOOK_FOR_PLACE; reached[c] = 0,
+                    AT_PLACE(h); TO_H; reached[c] = there ? to_h : reached[c],
+                    to_to_out[i] = PASSES(w[c] * highest[i] + b[c]) ? reached[c] : 0, )
+    } else
+        EACH(first, last, const int passes = PASSES(w[c] * y[i] + b[c]);
+             const REAL h = passes ? to_out[i] : 0; TO_H; to_to_out[i] = passes ? to_h : 0)
+}
+
+PASS(twice_sums)
+PASS(twice_rest)
 
 /* The derivatives, transposed, of `normalise_backward` without to_y and through, of u, v_w and v_b
  * that arrive at to_x, to_w and to_b (the latter two may be NULL: 0):
  *
  *   to_to_out = w scale (u - mean u - y mean(u y)) + v_b + y v_w  where z passes, and 0 elsewhere
  *   to_standard, to y, = v_w h - w scale (u mean(h y) + h mean(u y))
- *   to_scale = w sum h (u - mean u - y mean(u y));  to_w = scale of the same sum */
+ *   to_scale = w sum h (u - mean u - y mean(u y));  to_w = scale of the same sum
+ *
+ * sum_h and sum_h_y are what it came to. Of windows, to_to_out is that at their places. */
 int normalise_twice(const Layout *layout, const Tensors *tensors) {
-    return for_every_item(normalise_twice_item, layout, tensors);
+    return in_two_passes(twice_sums, twice_rest, layout, tensors);
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -18,7 +19,7 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import platformdirs
 import torch
@@ -55,6 +56,7 @@ class Layout(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("threads", "groups", "rows", "channels", "relu")),
+        *((name, ctypes.c_int64) for name in ("height", "width", "window_height", "window_width")),
         ("eps", ctypes.c_double),
     ]
 
@@ -65,10 +67,30 @@ class Tensors(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
-            *("x", "w", "b", "to_out", "to_y", "through", "u", "v_w", "v_b", "sum_h_y"),
-            *("out", "y", "scale", "to_x", "to_w", "to_b", "to_to_out", "to_standard", "to_scale"),
+            *("x", "w", "b", "to_out", "to_y", "through", "u", "v_w", "v_b", "sum_h", "sum_h_y"),
+            *("out", "y", "scale", "highest", "to_x", "to_w", "to_b"),
+            *("to_to_out", "to_standard", "to_scale"),
         )
     ]
+
+
+class Windows(NamedTuple):
+    """Windows side by side over pictures, whose pixels are the rows of a group, one picture after
+    another; what no whole window holds is in none."""
+
+    height: int
+    width: int
+    window_height: int
+    window_width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many windows a picture has: lines and columns of them."""
+        return self.height // self.window_height, self.width // self.window_width
+
+    def count(self, pixels: int) -> int:
+        """How many there are in so many pixels."""
+        return pixels // (self.height * self.width) * math.prod(self.size)
 
 
 class Kernels:
@@ -120,34 +142,40 @@ class Kernels:
         bias: Tensor | None,
         eps: float,
         relu: bool,
+        windows: Windows | None,
         keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What :class:`algorithms.task_normalisation.Normalise` returns; unless it is to ``keep``
-        them, without the standardised rows."""
-        outputs, standard = torch.empty_like(rows), torch.empty_like(rows) if keep else None
-        scale = rows.new_empty(rows.shape[0], 1, rows.shape[2])
-        made = {"out": outputs, "y": standard, "scale": scale}
-        self._run("normalise", _layout(rows, relu, eps), x=rows, w=weight, b=bias, **made)
-        return outputs, rows.new_empty(0) if standard is None else standard, scale
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What :class:`algorithms.task_normalisation.Normalise` returns, and where of windows the
+        outputs are; unless it is to ``keep`` them, without the standardised rows."""
+        groups, count, channels = rows.shape
+        outputs = rows.new_empty(groups, windows.count(count) if windows else count, channels)
+        standard = torch.empty_like(rows) if keep else None
+        highest = torch.empty_like(outputs) if keep and windows else None
+        scale = rows.new_empty(groups, 1, channels)
+        made = {"out": outputs, "y": standard, "scale": scale, "highest": highest}
+        self._run("normalise", _layout(rows, relu, windows, eps), x=rows, w=weight, b=bias, **made)
+        return outputs, rows.new_empty(0) if standard is None else standard, scale, highest
 
     def normalise_backward(
         self,
-        to_outputs: Tensor | None,
+        to_outputs: Tensor,
         to_standard: Tensor | None,
         through: Tensor | None,
         standard: Tensor,
         scale: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        highest: Tensor | None,
         relu: bool,
+        windows: Windows | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What :class:`algorithms.task_normalisation.NormaliseBackward` returns."""
         to_rows = torch.empty_like(standard)
         to_weight, to_bias = torch.empty_like(scale), torch.empty_like(scale)
-        given = {"y": standard, "scale": scale, "w": weight, "b": bias}
+        given = {"y": standard, "scale": scale, "w": weight, "b": bias, "highest": highest}
         given |= {"to_out": to_outputs, "to_y": to_standard, "through": through}
         made = {"to_x": to_rows, "to_w": to_weight, "to_b": to_bias}
-        self._run("normalise_backward", _layout(standard, relu), **given, **made)
+        self._run("normalise_backward", _layout(standard, relu, windows), **given, **made)
         return to_rows, to_weight, to_bias
 
     def normalise_twice(
@@ -160,18 +188,22 @@ class Kernels:
         scale: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        highest: Tensor | None,
+        sum_h: Tensor,
         sum_h_y: Tensor,
         relu: bool,
+        windows: Windows | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What :class:`algorithms.task_normalisation.NormaliseBackward` hands back: to the gradient
         of the outputs, to the standardised rows, to the scale and to the weight."""
-        to_to_outputs, to_standard = torch.empty_like(standard), torch.empty_like(standard)
+        to_to_outputs, to_standard = torch.empty_like(to_outputs), torch.empty_like(standard)
         to_scale, to_weight = torch.empty_like(scale), torch.empty_like(scale)
         given = {"u": u, "v_w": v_weight, "v_b": v_bias, "to_out": to_outputs, "y": standard}
-        given |= {"scale": scale, "w": weight, "b": bias, "sum_h_y": sum_h_y}
+        given |= {"scale": scale, "w": weight, "b": bias, "highest": highest}
+        given |= {"sum_h": sum_h, "sum_h_y": sum_h_y}
         made = {"to_to_out": to_to_outputs, "to_standard": to_standard}
         made |= {"to_scale": to_scale, "to_w": to_weight}
-        self._run("normalise_twice", _layout(standard, relu), **given, **made)
+        self._run("normalise_twice", _layout(standard, relu, windows), **given, **made)
         return to_to_outputs, to_standard, to_scale, to_weight
 
     def _run(self, name: str, layout: Layout, **tensors: Tensor | None) -> None:
@@ -270,8 +302,8 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _layout(rows: Tensor, relu: bool, eps: float = 0.0) -> Layout:
-    return Layout(torch.get_num_threads(), *rows.shape, relu, eps)
+def _layout(rows: Tensor, relu: bool, windows: Windows | None, eps: float = 0.0) -> Layout:
+    return Layout(torch.get_num_threads(), *rows.shape, relu, *(windows or (0, 0, 0, 0)), eps)
 
 
 def _at(tensor: Tensor) -> int:

@@ -1,6 +1,7 @@
 """Batch normalisation of many tasks at once, each by its own statistics, differentiable twice.
 
-A scale, a shift and a rectifier that follow are done in the same pass over memory.
+A scale, a shift, a rectifier and a pooling that follow are done in the same pass over memory, where
+there are compiled kernels: of what a pooling leaves out nothing is written.
 """
 
 from __future__ import annotations
@@ -8,14 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from algorithms.kernels import kernels_for
+from algorithms.kernels import Windows, kernels_for
 
 
 def normalise(
-    rows: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *, relu: bool
+    rows: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    relu: bool,
+    windows: Windows | None = None,
 ) -> Tensor:
     """Each group's rows less their mean, over their standard deviation, then scaled and shifted.
 
@@ -25,9 +33,10 @@ def normalise(
         weight: scale ``(groups, 1, channels)``, or None for 1.
         bias: shift ``(groups, 1, channels)``, or None for 0.
         relu: rectify the result.
+        windows: take the highest of each channel in each of these, the first of equals.
 
     Returns:
-        Like ``rows``.
+        Like ``rows``, or ``(groups, windows, channels)``.
 
     Raises:
         ValueError: shapes or types that do not fit one another.
@@ -40,55 +49,75 @@ def normalise(
     if not rows.numel():
         return rows
     weight, bias = _contiguous(weight), _contiguous(bias)
-    outputs: Tensor = Normalise.apply(rows.contiguous(), weight, bias, eps, relu)[0]  # type: ignore[no-untyped-call]
-    return outputs
+    arguments = (rows.contiguous(), weight, bias, eps, relu)
+    outputs: Tensor
+    if windows is None or kernels_for(rows) is not None:
+        outputs = Normalise.apply(*arguments, windows)[0]  # type: ignore[no-untyped-call]
+        return outputs
+    outputs = Normalise.apply(*arguments, None)[0]  # type: ignore[no-untyped-call]
+    return _highest(outputs, windows)
 
 
 class Normalise(torch.autograd.Function):
     """:func:`normalise`: with x the rows, s = 1 / sqrt(var x + eps) and y = (x - mean x) s, the
-    outputs are relu(w y + b). Also returns y and s ``(groups, 1, channels)``.
+    outputs are relu(w y + b), or the highest of each window. Also returns y and s ``(groups, 1,
+    channels)``.
 
-    With h the gradient that arrives, where the rectifier passes it, k = w h and means over n, the
-    derivative is Ioffe and Szegedy's (2015, section 3): dx = s (k - mean k - y mean(k y)).
+    With h the gradient that arrives, where the rectifier passes it and at a window's place, k = w h
+    and means over n, the derivative is Ioffe and Szegedy's (2015, section 3):
+    dx = s (k - mean k - y mean(k y)).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        relu: bool,
+        windows: Windows | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         compiled = kernels_for(rows)
+        highest = None
         if compiled is not None:
             keep = any(ctx.needs_input_grad)
-            outputs, standard, scale = compiled.normalise(rows, weight, bias, eps, relu, keep)
+            outputs, standard, scale, highest = compiled.normalise(
+                rows, weight, bias, eps, relu, windows, keep
+            )
         else:
+            assert windows is None
             var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
             scale = torch.rsqrt(var + eps)
             standard = (rows - mean).mul_(scale)
             outputs = _affine(standard, weight, bias)
             outputs = outputs.relu() if relu else outputs.clone()
-        ctx.relu = relu
-        ctx.save_for_backward(standard, scale, weight, bias)
+        ctx.relu, ctx.windows = relu, windows
+        ctx.save_for_backward(standard, scale, weight, bias, highest)
         ctx.set_materialize_grads(False)
         return outputs, standard, scale
 
     @staticmethod
     def backward(
         ctx: Any, to_outputs: Tensor | None, to_standard: Tensor | None, to_scale: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        standard, scale, weight, bias = ctx.saved_tensors
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        standard, scale, weight, bias, highest = ctx.saved_tensors
         through = None
         if to_scale is not None:  # ds = -s^2 mean(y dx)
             through = scale * scale * to_scale / -standard.shape[1]
         elif to_outputs is None and to_standard is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
+        if to_outputs is None:
+            to_outputs = torch.zeros_like(standard if highest is None else highest)
         to_rows, to_weight, to_bias = NormaliseBackward.apply(  # type: ignore[no-untyped-call]
-            to_outputs, to_standard, through, standard, scale, weight, bias, ctx.relu
+            *(to_outputs, to_standard, through, standard, scale, weight, bias, highest),
+            *(ctx.relu, ctx.windows),
         )
         to_weight, to_bias = (
             gradient if parameter is not None else None
             for gradient, parameter in ((to_weight, weight), (to_bias, bias))
         )
-        return to_rows, to_weight, to_bias, None, None
+        return to_rows, to_weight, to_bias, None, None, None
 
 
 class NormaliseBackward(torch.autograd.Function):
@@ -101,22 +130,31 @@ class NormaliseBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        to_outputs: Tensor | None,
+        to_outputs: Tensor,
         to_standard: Tensor | None,
         through: Tensor | None,
         standard: Tensor,
         scale: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        highest: Tensor | None,
         relu: bool,
+        windows: Windows | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        to_outputs, to_standard = _contiguous(to_outputs), _contiguous(to_standard)
+        to_outputs, to_standard = to_outputs.contiguous(), _contiguous(to_standard)
+        given = (to_outputs, to_standard, through, standard, scale, weight, bias)
         compiled = kernels_for(standard)
-        function = _backward if compiled is None else compiled.normalise_backward
-        found = function(to_outputs, to_standard, through, standard, scale, weight, bias, relu)
-        ctx.relu, ctx.first = relu, to_standard is None and through is None
-        # The second of what was found is the sum over n of h y.
-        ctx.save_for_backward(to_outputs, standard, scale, weight, bias, found[1])
+        if compiled is None:
+            found = _backward(*given, relu)
+        else:
+            found = compiled.normalise_backward(*given, highest, relu, windows)
+        ctx.relu, ctx.windows = relu, windows
+        ctx.first = to_standard is None and through is None
+        _, sum_h_y, sum_h = found
+        ctx.save_for_backward(
+            *(to_outputs, standard, scale, weight, bias, highest),
+            *(sum_h, sum_h_y),
+        )
         ctx.set_materialize_grads(False)
         return found
 
@@ -127,25 +165,19 @@ class NormaliseBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if not ctx.first:
             raise RuntimeError("batch normalisation of many tasks has no third derivative")
-        to_outputs, standard, scale, weight, bias, sum_h_y = ctx.saved_tensors
+        to_outputs, standard, scale, weight, bias, highest, sum_h, sum_h_y = ctx.saved_tensors
         u = torch.zeros_like(standard) if u is None else u.contiguous()
+        vectors = (_contiguous(v_weight), _contiguous(v_bias))
+        given = (u, *vectors, to_outputs, standard, scale, weight, bias)
         compiled = kernels_for(standard)
-        function = _twice if compiled is None else compiled.normalise_twice
-        to_to_outputs, to_standard, to_scale, to_weight = function(
-            u,
-            _contiguous(v_weight),
-            _contiguous(v_bias),
-            to_outputs,
-            standard,
-            scale,
-            weight,
-            bias,
-            sum_h_y,
-            ctx.relu,
-        )
-        if weight is None:
-            return to_to_outputs, None, None, to_standard, to_scale, None, None, None
-        return to_to_outputs, None, None, to_standard, to_scale, to_weight, None, None
+        if compiled is None:
+            found = _twice(*given, sum_h_y, ctx.relu)
+        else:
+            found = compiled.normalise_twice(*given, highest, sum_h, sum_h_y, ctx.relu, ctx.windows)
+        to_to_outputs, to_standard, to_scale, to_weight = found
+        to_parameters = (None if weight is None else to_weight, None)
+        nothing = (None, None, None)
+        return to_to_outputs, None, None, to_standard, to_scale, *to_parameters, *nothing
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -153,6 +185,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 # The same in torch's operators, where there are no compiled kernels.
+
+
+def _highest(rows: Tensor, windows: Windows) -> Tensor:
+    pictures = rows.view(-1, windows.height, windows.width, rows.shape[-1]).movedim(-1, 1)
+    pooled = F.max_pool2d(pictures, (windows.window_height, windows.window_width))
+    return pooled.movedim(1, -1).reshape(len(rows), -1, rows.shape[-1])
 
 
 def _affine(standard: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -166,7 +204,7 @@ def _passed(gradient: Tensor, standard: Tensor, *affine: Any, relu: bool) -> Ten
 
 
 def _backward(
-    to_outputs: Tensor | None,
+    to_outputs: Tensor,
     to_standard: Tensor | None,
     through: Tensor | None,
     standard: Tensor,
@@ -175,8 +213,7 @@ def _backward(
     bias: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    h = torch.zeros_like(standard) if to_outputs is None else to_outputs
-    h = _passed(h, standard, weight, bias, relu=relu)
+    h = _passed(to_outputs, standard, weight, bias, relu=relu)
     k = h if weight is None else h * weight
     if to_standard is not None:
         k = k + to_standard

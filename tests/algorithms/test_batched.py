@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import algorithms
 from algorithms import kernels, models, task_convolutions, task_normalisation
+from algorithms.kernels import Windows, kernels_for
 from algorithms.normalisation import MODES
 from algorithms.task_convolutions import Convolution, FromPatches, Patches, Window, convolution
 from algorithms.task_normalisation import normalise
@@ -639,14 +640,16 @@ def test_the_papers_networks_agree_without_compiled_kernels(
         assert verify(name, model, make_batch(SHAPES[network]), settings) < 1e-10
 
 
+@pytest.mark.parametrize("windows", [None, Windows(3, 4, 2, 2), Windows(2, 3, 1, 3)])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("scale", [False, True])
 def test_normalisation_differentiates_twice(
-    scale: bool, shift: bool, relu: bool, kernels_used: str
+    scale: bool, shift: bool, relu: bool, windows: Windows | None, kernels_used: str
 ) -> None:
     torch.manual_seed(0)
-    rows = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    count = 5 if windows is None else 2 * windows.height * windows.width
+    rows = torch.randn(2, count, 3, dtype=torch.float64, requires_grad=True)
     affine = torch.randn(2, 2, 1, 3, dtype=torch.float64)
     weight, bias = (
         value.requires_grad_() if there else None
@@ -658,16 +661,83 @@ def test_normalisation_differentiates_twice(
         rows, *others = given
         left = iter(others)
         weight, bias = (next(left) if there else None for there in (scale, shift))
-        return normalise(rows, 1e-5, weight, bias, relu=relu)
+        return normalise(rows, 1e-5, weight, bias, relu=relu, windows=windows)
 
     assert gradcheck(function, given)
     assert gradgradcheck(function, given)
 
 
-def test_what_is_not_a_number_stays_so_through_the_rectifier(kernels_used: str) -> None:
+POOLS = {
+    "side by side": nn.MaxPool2d(2),
+    "oblong": nn.MaxPool2d((2, 3)),
+    "overlapping": nn.MaxPool2d(3, stride=2),
+    "apart": nn.MaxPool2d(2, stride=3),
+    "padded": nn.MaxPool2d(2, padding=1),
+    "dilated": nn.MaxPool2d(2, dilation=2),
+    "to the end": nn.MaxPool2d(2, ceil_mode=True),
+    "of one": nn.MaxPool2d(1),
+}
+
+
+@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_every_pooling_after_normalisation_agrees(pool: nn.MaxPool2d, rectified: bool) -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)]
+    layers += [nn.ReLU()] * rectified
+    model = nn.Sequential(*layers, copy.deepcopy(pool), nn.Flatten(), nn.LazyLinear(3)).double()
+    batch = make_batch((1, 9, 8))
+    model(batch["train"][0][0])
+    norms = MODES if rectified and pool.kernel_size == pool.stride == 2 else ("transductive",)
+    for norm in norms:
+        engines = both("maml", model, inner_lr=0.1, inner_steps=2, norm=norm)
+        for algorithm in engines:
+            algorithm.meta_backward(batch)
+        assert_same_gradients(*engines)
+        assert_same_scores(*(algorithm.evaluate(batch) for algorithm in engines))
+
+
+@pytest.mark.parametrize("windows", [None, Windows(5, 5, 2, 2)])
+@pytest.mark.parametrize(("groups", "pictures"), [(1, 600), (3, 200), (20, 10)])
+@pytest.mark.parametrize("channels", [32, 64, 70])
+def test_a_normalisation_that_is_cut_into_parts_is_the_one_of_the_whole(
+    groups: int, pictures: int, channels: int, windows: Windows | None
+) -> None:
+    torch.manual_seed(0)
+    each = (torch.randn(groups, pictures * 25, channels) + 3).double().requires_grad_()
+    weight, bias, sign = torch.randn(3, groups, 1, channels, dtype=torch.float64)
+    given = [each, weight.requires_grad_(), bias.requires_grad_()]
+    found = []
+    for compiled in (kernels_for, lambda tensor: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(task_normalisation, "kernels_for", compiled)
+            outputs = normalise(each, 1e-5, weight, bias, relu=True, windows=windows)
+            first = torch.autograd.grad((outputs * sign).tanh().sum(), given, create_graph=True)
+            second = torch.autograd.grad(sum(x.tanh().sum() for x in first), given)
+        found.append([outputs, *first, *second])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_of_equals_the_first_is_taken_as_torch_does(kernels_used: str) -> None:
+    rows = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 3.0]).double()
+    rows = rows.view(1, 8, 1).requires_grad_()
+    whole = normalise(rows, 1e-5, None, None, relu=True).view(1, 1, 2, 4)
+    outputs = normalise(rows, 1e-5, None, None, relu=True, windows=Windows(2, 4, 2, 2))
+    found, expected = (
+        torch.autograd.grad(pooled.flatten()[0] * 5, rows)[0]
+        for pooled in (outputs, F.max_pool2d(whole, 2))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("windows", [None, Windows(2, 2, 2, 2)])
+def test_what_is_not_a_number_stays_so_through_the_rectifier(
+    windows: Windows | None, kernels_used: str
+) -> None:
     rows = torch.randn(1, 4, 2)
     rows[0, 0, 0] = float("nan")
-    outputs = normalise(rows, 1e-5, None, None, relu=True)
+    outputs = normalise(rows, 1e-5, None, None, relu=True, windows=windows)
     assert outputs[..., 0].isnan().all()
     assert outputs[..., 1].isfinite().all()
 
@@ -686,7 +756,7 @@ def test_normalisation_has_no_third_derivative(kernels_used: str) -> None:
 def test_bits_do_not_depend_on_the_number_of_threads(tasks: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     window = Window((3, 3), (2, 2), (1, 1), (1, 1), (1, 1))
-    images = torch.randn(tasks * 40, 32, 14, 14, generator=g).to(dtype).requires_grad_()
+    images = torch.randn(tasks * 40, 32, 28, 28, generator=g).to(dtype).requires_grad_()
     each = torch.randn(tasks, 32, 32, 3, 3, generator=g).to(dtype).requires_grad_()
     threads, found = torch.get_num_threads(), []
     try:
@@ -694,7 +764,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(tasks: int, dtype: torch.dt
             torch.set_num_threads(number)
             features = task_convolutions.convolution(images, each, window)
             rows = features.movedim(1, -1).reshape(tasks, -1, 32)
-            outputs = normalise(rows, 1e-5, None, None, relu=True)
+            outputs = normalise(rows, 1e-5, None, None, relu=True, windows=Windows(14, 14, 2, 2))
             first = torch.autograd.grad(
                 (outputs * outputs).sum(), (images, each), create_graph=True
             )
