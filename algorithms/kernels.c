@@ -35,64 +35,80 @@ typedef void Gemm(const char *, const char *, const int *, const int *, const in
                         const REAL *, const REAL *, const int *, const REAL *, const int *,
                         const REAL *, REAL *, const int *);
 
-/* Patches of `count` samples: (count, rows, columns, kernel_height, kernel_width, channels). */
-static void patches(const Geometry *s, int64_t count, const REAL *images, REAL *out) {
-    const int64_t line = s->kernel_width * s->channels;
-    for (int64_t n = 0; n < count; n++, images += s->height * s->width * s->channels)
-        for (int64_t r = 0; r < s->rows; r++)
-            for (int64_t c = 0; c < s->columns; c++)
-                for (int64_t i = 0; i < s->kernel_height; i++, out += line) {
-                    const int64_t y = r * s->stride_y + i * s->dilation_y - s->top;
-                    const int64_t x = c * s->stride_x - s->left;
-                    if (y < 0 || y >= s->height) {
-                        memset(out, 0, line * sizeof(REAL));
-                        continue;
-                    }
-                    const REAL *row = images + y * s->width * s->channels;
-                    if (s->dilation_x == 1 && x >= 0 && x + s->kernel_width <= s->width) {
-                        memcpy(out, row + x * s->channels, line * sizeof(REAL));
-                        continue;
-                    }
-                    for (int64_t j = 0; j < s->kernel_width; j++) {
-                        const int64_t at = x + j * s->dilation_x;
-                        REAL *to = out + j * s->channels;
-                        if (at < 0 || at >= s->width)
-                            memset(to, 0, s->channels * sizeof(REAL));
-                        else
-                            memcpy(to, row + at * s->channels, s->channels * sizeof(REAL));
-                    }
-                }
+/* Copies a few elements, in steps of eight: it may write over what follows them, up to seven, which
+ * is written later, and reads no further than `end`. */
+static inline void copy(REAL *to, const REAL *from, int64_t count, const REAL *end) {
+    const int64_t whole = (count + 7) / 8 * 8;
+    if (count > 64 || from + whole > end) {
+        memcpy(to, from, count * sizeof(REAL));
+        return;
+    }
+    for (int64_t k = 0; k < whole; k += 8)
+        memcpy(to + k, from + k, 8 * sizeof(REAL));
 }
 
-/* The transpose of `patches`: each pixel the sum of the patch elements that it is in. */
-static void from_patches(const Geometry *s, int64_t count, const REAL *in, REAL *images) {
-    const int64_t line = s->kernel_width * s->channels;
-    const int64_t size = s->height * s->width * s->channels;
-    memset(images, 0, count * size * sizeof(REAL));
-    for (int64_t n = 0; n < count; n++, images += size)
-        for (int64_t r = 0; r < s->rows; r++)
-            for (int64_t c = 0; c < s->columns; c++)
-                for (int64_t i = 0; i < s->kernel_height; i++, in += line) {
-                    const int64_t y = r * s->stride_y + i * s->dilation_y - s->top;
-                    if (y < 0 || y >= s->height)
-                        continue;
-                    for (int64_t j = 0; j < s->kernel_width; j++) {
-                        const int64_t x = c * s->stride_x + j * s->dilation_x - s->left;
-                        if (x < 0 || x >= s->width)
-                            continue;
-                        REAL *pixel = images + (y * s->width + x) * s->channels;
-                        const REAL *from = in + j * s->channels;
-                        for (int64_t k = 0; k < s->channels; k++)
-                            pixel[k] += from[k];
-                    }
+/* Patches of the lines of places from `first` to `last`, samples one after another: (lines, columns,
+ * kernel_height, kernel_width, channels), and up to seven elements more. */
+static void patches(const Geometry *s, int64_t first, int64_t last, const REAL *images, REAL *out) {
+    const int64_t line = s->kernel_width * s->channels, size = s->height * s->width * s->channels;
+    const REAL *end = images + s->samples * size;
+    for (int64_t l = first; l < last; l++)
+        for (int64_t c = 0; c < s->columns; c++)
+            for (int64_t i = 0; i < s->kernel_height; i++, out += line) {
+                const int64_t y = l % s->rows * s->stride_y + i * s->dilation_y - s->top;
+                const int64_t x = c * s->stride_x - s->left;
+                if (y < 0 || y >= s->height) {
+                    memset(out, 0, line * sizeof(REAL));
+                    continue;
                 }
+                const REAL *row = images + l / s->rows * size + y * s->width * s->channels;
+                if (s->dilation_x == 1 && x >= 0 && x + s->kernel_width <= s->width) {
+                    copy(out, row + x * s->channels, line, end);
+                    continue;
+                }
+                for (int64_t j = 0; j < s->kernel_width; j++) {
+                    const int64_t at = x + j * s->dilation_x;
+                    REAL *to = out + j * s->channels;
+                    if (at < 0 || at >= s->width)
+                        memset(to, 0, s->channels * sizeof(REAL));
+                    else
+                        copy(to, row + at * s->channels, s->channels, end);
+                }
+            }
 }
 
-/* Samples of which the patches make a block. */
-static int64_t samples_of_block(const Geometry *s) {
+/* The transpose of `patches`: each pixel the sum of the patch elements that it is in. The lines of a
+ * sample come in order, and its first clears it. */
+static void from_patches(const Geometry *s, int64_t first, int64_t last, const REAL *in,
+                         REAL *images) {
+    const int64_t line = s->kernel_width * s->channels, size = s->height * s->width * s->channels;
+    for (int64_t l = first; l < last; l++) {
+        REAL *image = images + l / s->rows * size;
+        if (l % s->rows == 0)
+            memset(image, 0, size * sizeof(REAL));
+        for (int64_t c = 0; c < s->columns; c++)
+            for (int64_t i = 0; i < s->kernel_height; i++, in += line) {
+                const int64_t y = l % s->rows * s->stride_y + i * s->dilation_y - s->top;
+                if (y < 0 || y >= s->height)
+                    continue;
+                for (int64_t j = 0; j < s->kernel_width; j++) {
+                    const int64_t x = c * s->stride_x + j * s->dilation_x - s->left;
+                    if (x < 0 || x >= s->width)
+                        continue;
+                    REAL *pixel = image + (y * s->width + x) * s->channels;
+                    const REAL *from = in + j * s->channels;
+                    for (int64_t k = 0; k < s->channels; k++)
+                        pixel[k] += from[k];
+                }
+            }
+    }
+}
+
+/* Lines of places of which the patches make a block. */
+static int64_t lines_of_block(const Geometry *s) {
     const int64_t patch = s->kernel_height * s->kernel_width * s->channels;
-    const int64_t samples = BLOCK / (s->rows * s->columns * patch);
-    return samples < 1 ? 1 : samples < s->samples ? samples : s->samples;
+    const int64_t lines = BLOCK / (s->columns * patch), all = s->samples * s->rows;
+    return lines < 1 ? 1 : lines < all ? lines : all;
 }
 
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
@@ -105,7 +121,7 @@ static void make_scratch(void) { pthread_key_create(&scratch, free); }
  * it. NULL where there is none. */
 static REAL *scratch_memory(const Geometry *s) {
     const int64_t patch = s->kernel_height * s->kernel_width * s->channels;
-    const int64_t elements = (samples_of_block(s) * s->rows * s->columns + s->filters) * patch;
+    const int64_t elements = (lines_of_block(s) * s->columns + s->filters) * patch + 8;
     const size_t line = 64, bytes = line + (elements * sizeof(REAL) + line - 1) / line * line;
     pthread_once(&scratch_once, make_scratch);
     size_t *held = pthread_getspecific(scratch);
@@ -133,12 +149,15 @@ enum { FORWARD, TO_IMAGES, TO_KERNELS };
 static int convolve(int map, const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels,
                     REAL *outputs) {
     const int patch = s->kernel_height * s->kernel_width * s->channels, filters = s->filters;
-    const int64_t places = s->rows * s->columns, block = samples_of_block(s);
+    const int64_t limit = lines_of_block(s), line = s->columns * filters;
     const int64_t image = s->height * s->width * s->channels;
-    const int64_t blocks = (s->samples + block - 1) / block;
-    /* Few tasks are cut, always alike, so that the number of threads does not matter. */
+    /* Few tasks are cut, always alike, so that the number of threads does not matter; lines that add
+     * to the same pixels are not. */
+    const int64_t unit = map == TO_IMAGES ? s->rows : 1, units = s->samples * s->rows / unit;
     const int64_t wanted = (PARTS + s->tasks - 1) / s->tasks;
-    const int64_t parts = map != TO_KERNELS || wanted > blocks ? blocks : wanted;
+    const int64_t large = s->samples * s->rows * s->columns * patch / (BLOCK / 2);
+    const int64_t enough = wanted < large ? wanted : large > 1 ? large : 1;
+    const int64_t parts = enough < units ? enough : units;
     const REAL zero = 0, one = 1;
     const int narrow = patch < filters; /* the BLAS is slow to make few columns */
     REAL *partial = NULL;
@@ -150,38 +169,41 @@ static int convolve(int map, const Geometry *s, Gemm *gemm, REAL *images, REAL *
     }
 #pragma omp parallel num_threads(s->threads) reduction(| : failed)
     {
-        REAL *buffer = scratch_memory(s), *transposed = buffer + block * places * patch;
+        REAL *buffer = scratch_memory(s);
+        REAL *transposed = buffer + limit * s->columns * patch + 8;
         failed = buffer == NULL;
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < s->tasks * parts; item++) {
             if (buffer == NULL)
                 continue;
             const int64_t task = item / parts, part = item % parts;
-            const int64_t last = blocks * (part + 1) / parts, start = blocks * part / parts;
+            const int64_t start = units * part / parts * unit;
+            const int64_t lines = units * (part + 1) / parts * unit - start;
+            const int64_t blocks = (lines + limit - 1) / limit;
+            REAL *in = images + task * s->samples * image;
             REAL *kernel = kernels + (s->shared ? 0 : task * filters * patch);
             if (partial)
                 kernel = partial + item * filters * patch;
-            for (int64_t b = start; b < last; b++) {
-                const int64_t first = b * block;
-                const int64_t count = s->samples - first < block ? s->samples - first : block;
-                const int64_t at = task * s->samples + first;
-                const int rows = count * places;
-                REAL *in = images + at * image, *out = outputs + at * places * filters;
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t first = start + lines * b / blocks;
+                const int64_t last = start + lines * (b + 1) / blocks;
+                const int rows = (last - first) * s->columns;
+                REAL *out = outputs + (task * s->samples * s->rows + first) * line;
                 if (map != TO_IMAGES)
-                    patches(s, count, in, buffer);
+                    patches(s, first, last, in, buffer);
                 if (map == FORWARD)
                     gemm("T", "N", &filters, &rows, &patch, &one, kernel, &patch, buffer, &patch,
                          &zero, out, &filters);
                 else if (map == TO_KERNELS && narrow)
                     gemm("N", "T", &filters, &patch, &rows, &one, out, &filters, buffer, &patch,
-                         b > start ? &one : &zero, transposed, &filters);
+                         b > 0 ? &one : &zero, transposed, &filters);
                 else if (map == TO_KERNELS)
                     gemm("N", "T", &patch, &filters, &rows, &one, buffer, &patch, out, &filters,
-                         b > start ? &one : &zero, kernel, &patch);
+                         b > 0 ? &one : &zero, kernel, &patch);
                 else {
                     gemm("N", "N", &patch, &rows, &filters, &one, kernel, &patch, out, &filters,
                          &zero, buffer, &patch);
-                    from_patches(s, count, buffer, in);
+                    from_patches(s, first, last, buffer, in);
                 }
             }
             if (map == TO_KERNELS && narrow)
@@ -203,12 +225,38 @@ static int convolve(int map, const Geometry *s, Gemm *gemm, REAL *images, REAL *
     return failed;
 }
 
+/* To images, where the window moves by one: the outputs convolved with the kernels turned about. No
+ * sums are scattered then, and lines are of different pixels. */
+static int convolve_turned(const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels,
+                           REAL *outputs) {
+    const int64_t taps = s->kernel_height * s->kernel_width, filters = s->filters;
+    const int64_t different = s->shared ? 1 : s->tasks, channels = s->channels;
+    REAL *turned = malloc(different * filters * taps * channels * sizeof(REAL));
+    if (turned == NULL)
+        return 1;
+    for (int64_t task = 0; task < different; task++)
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t tap = 0; tap < taps; tap++)
+                for (int64_t f = 0; f < filters; f++)
+                    turned[((task * channels + c) * taps + tap) * filters + f] =
+                        kernels[((task * filters + f) * taps + taps - 1 - tap) * channels + c];
+    Geometry about = *s;
+    about.height = s->rows, about.width = s->columns, about.channels = filters;
+    about.rows = s->height, about.columns = s->width, about.filters = channels;
+    about.top = s->kernel_height - 1 - s->top, about.left = s->kernel_width - 1 - s->left;
+    const int failed = convolve(FORWARD, &about, gemm, outputs, turned, images);
+    free(turned);
+    return failed;
+}
+
 int convolution(const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels, REAL *outputs) {
     return convolve(FORWARD, s, gemm, images, kernels, outputs);
 }
 
 int convolution_to_images(const Geometry *s, Gemm *gemm, REAL *images, REAL *kernels,
                           REAL *outputs) {
+    if (s->stride_y == 1 && s->stride_x == 1 && s->dilation_y == 1 && s->dilation_x == 1)
+        return convolve_turned(s, gemm, images, kernels, outputs);
     return convolve(TO_IMAGES, s, gemm, images, kernels, outputs);
 }
 

@@ -28,7 +28,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fno-math-errno", "-fopenmp")
 LIBRARY = ("-shared", "-fPIC")
-KEPT_BYTES = 2**28
+KEPT_BYTES = 2**30
 """How much of the memory that a step frees stays with the process for the next one; to get it anew
 from the system, page by page, takes a tenth of a step."""
 TYPES = {torch.float32: ("float", "sgemm_"), torch.float64: ("double", "dgemm_")}
