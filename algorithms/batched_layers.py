@@ -26,7 +26,7 @@ from algorithms.kernels import Windows
 from algorithms.normalisation import EpisodicBatchNorm, Statistics, hooked
 from algorithms.precision import unrounded
 from algorithms.task_convolutions import Window, convolution
-from algorithms.task_normalisation import normalise
+from algorithms.task_normalisation import normalise, pools
 
 L = TypeVar("L", bound=nn.Module)
 
@@ -215,13 +215,13 @@ def _next(layers: deque[nn.Module], kind: type[L]) -> L | None:
 
 def _windows(pool: nn.MaxPool2d, pixels: Tensor) -> Windows | None:
     """The windows of pixels ``(n, height, width, channels)`` that a pooling takes the highest of;
-    None where they do not lie side by side."""
+    None where they do not lie side by side, or are not taken along with normalisation."""
     window, stride = _pair(pool.kernel_size), _pair(pool.stride)
     plain = (_pair(pool.padding), _pair(pool.dilation), pool.ceil_mode) == ((0, 0), (1, 1), False)
     if not plain or pool.return_indices or window != stride or pixels.dim() != 4:
         return None
     _, height, width, _ = pixels.shape
-    if window[0] > height or window[1] > width:
+    if window[0] > height or window[1] > width or not pools(pixels):
         return None
     return Windows(height, width, *window)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,7 +32,8 @@ def normalise(
         weight: scale ``(groups, 1, channels)``, or None for 1.
         bias: shift ``(groups, 1, channels)``, or None for 0.
         relu: rectify the result.
-        windows: take the highest of each channel in each of these, the first of equals.
+        windows: take the highest of each channel in each of these, the first of equals; for rows
+            that it :func:`pools`.
 
     Returns:
         Like ``rows``, or ``(groups, windows, channels)``.
@@ -49,13 +49,13 @@ def normalise(
     if not rows.numel():
         return rows
     weight, bias = _contiguous(weight), _contiguous(bias)
-    arguments = (rows.contiguous(), weight, bias, eps, relu)
-    outputs: Tensor
-    if windows is None or kernels_for(rows) is not None:
-        outputs = Normalise.apply(*arguments, windows)[0]  # type: ignore[no-untyped-call]
-        return outputs
-    outputs = Normalise.apply(*arguments, None)[0]  # type: ignore[no-untyped-call]
-    return _highest(outputs, windows)
+    outputs: Tensor = Normalise.apply(rows.contiguous(), weight, bias, eps, relu, windows)[0]  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def pools(rows: Tensor) -> bool:
+    """Whether :func:`normalise` can take a pooling along: where there are compiled kernels."""
+    return kernels_for(rows) is not None
 
 
 class Normalise(torch.autograd.Function):
@@ -185,12 +185,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 # The same in torch's operators, where there are no compiled kernels.
-
-
-def _highest(rows: Tensor, windows: Windows) -> Tensor:
-    pictures = rows.view(-1, windows.height, windows.width, rows.shape[-1]).movedim(-1, 1)
-    pooled = F.max_pool2d(pictures, (windows.window_height, windows.window_width))
-    return pooled.movedim(1, -1).reshape(len(rows), -1, rows.shape[-1])
 
 
 def _affine(standard: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import algorithms
 from algorithms import kernels, models, task_convolutions, task_normalisation
-from algorithms.kernels import Windows, kernels_for
+from algorithms.kernels import Windows
 from algorithms.normalisation import MODES
 from algorithms.task_convolutions import Convolution, FromPatches, Patches, Window, convolution
 from algorithms.task_normalisation import normalise
@@ -582,6 +583,8 @@ def windows() -> list[tuple[Window, tuple[int, int]]]:
         (Window((5, 5), (3, 3), (1, 1), (2, 2), (2, 2)), (3, 3)),
         (Window((1, 1), (2, 2), (1, 1), (0, 0), (0, 0)), (5, 5)),
         (Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1)), (4, 4)),
+        (Window((3, 2), (1, 1), (1, 1), (0, 1), (1, 0)), (5, 4)),
+        (Window((1, 1), (1, 1), (1, 1), (1, 1), (1, 1)), (2, 3)),
     ]
 
 
@@ -640,7 +643,14 @@ def test_the_papers_networks_agree_without_compiled_kernels(
         assert verify(name, model, make_batch(SHAPES[network]), settings) < 1e-10
 
 
-@pytest.mark.parametrize("windows", [None, Windows(3, 4, 2, 2), Windows(2, 3, 1, 3)])
+@pytest.mark.parametrize(
+    ("kernels_used", "windows"),
+    [
+        *(("compiled", each) for each in (None, Windows(3, 4, 2, 2), Windows(2, 3, 1, 3))),
+        ("torch", None),
+    ],
+    indirect=["kernels_used"],
+)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("scale", [False, True])
@@ -697,6 +707,22 @@ def test_every_pooling_after_normalisation_agrees(pool: nn.MaxPool2d, rectified:
         assert_same_scores(*(algorithm.evaluate(batch) for algorithm in engines))
 
 
+def both_ways(
+    rows: Tensor, weight: Tensor, bias: Tensor, windows: Windows | None
+) -> Iterator[Tensor]:
+    """Normalised, rectified and pooled by the compiled kernels, and by torch's operators, which
+    differentiate it, too, until the next is asked for."""
+    yield normalise(rows, 1e-5, weight, bias, relu=True, windows=windows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_normalisation, "kernels_for", lambda tensor: None)
+        outputs = normalise(rows, 1e-5, weight, bias, relu=True)
+        if windows is not None:
+            pictures = outputs.view(-1, windows.height, windows.width, rows.shape[-1])
+            pooled = F.max_pool2d(pictures.movedim(-1, 1), windows[2:])
+            outputs = pooled.movedim(1, -1).reshape(len(rows), -1, rows.shape[-1])
+        yield outputs
+
+
 @pytest.mark.parametrize("windows", [None, Windows(5, 5, 2, 2)])
 @pytest.mark.parametrize(("groups", "pictures"), [(1, 600), (3, 200), (20, 10)])
 @pytest.mark.parametrize("channels", [32, 64, 70])
@@ -704,34 +730,34 @@ def test_a_normalisation_that_is_cut_into_parts_is_the_one_of_the_whole(
     groups: int, pictures: int, channels: int, windows: Windows | None
 ) -> None:
     torch.manual_seed(0)
-    each = (torch.randn(groups, pictures * 25, channels) + 3).double().requires_grad_()
+    rows = (torch.randn(groups, pictures * 25, channels) + 3).double().requires_grad_()
     weight, bias, sign = torch.randn(3, groups, 1, channels, dtype=torch.float64)
-    given = [each, weight.requires_grad_(), bias.requires_grad_()]
+    given = [rows, weight.requires_grad_(), bias.requires_grad_()]
     found = []
-    for compiled in (kernels_for, lambda tensor: None):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(task_normalisation, "kernels_for", compiled)
-            outputs = normalise(each, 1e-5, weight, bias, relu=True, windows=windows)
-            first = torch.autograd.grad((outputs * sign).tanh().sum(), given, create_graph=True)
-            second = torch.autograd.grad(sum(x.tanh().sum() for x in first), given)
+    for outputs in both_ways(rows, weight, bias, windows):
+        first = torch.autograd.grad((outputs * sign).tanh().sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(x.tanh().sum() for x in first), given)
         found.append([outputs, *first, *second])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_of_equals_the_first_is_taken_as_torch_does(kernels_used: str) -> None:
-    rows = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 3.0]).double()
+def test_of_equals_the_first_is_taken_as_torch_does() -> None:
+    rows = torch.tensor([2.0, 2.0, 1.0, 0.0, 2.0, 0.0, 0.0, 3.0]).double()
     rows = rows.view(1, 8, 1).requires_grad_()
-    whole = normalise(rows, 1e-5, None, None, relu=True).view(1, 1, 2, 4)
-    outputs = normalise(rows, 1e-5, None, None, relu=True, windows=Windows(2, 4, 2, 2))
-    found, expected = (
-        torch.autograd.grad(pooled.flatten()[0] * 5, rows)[0]
-        for pooled in (outputs, F.max_pool2d(whole, 2))
-    )
-    torch.testing.assert_close(found, expected)
+    weight, bias = torch.ones(2, 1, 1, 1, dtype=torch.float64)
+    found = []
+    for outputs in both_ways(rows, weight, bias, Windows(2, 4, 2, 2)):
+        found.append([outputs, *torch.autograd.grad(outputs[0, 0] * 5, rows)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("windows", [None, Windows(2, 2, 2, 2)])
+@pytest.mark.parametrize(
+    ("kernels_used", "windows"),
+    [("compiled", None), ("compiled", Windows(2, 2, 2, 2)), ("torch", None)],
+    indirect=["kernels_used"],
+)
 def test_what_is_not_a_number_stays_so_through_the_rectifier(
     windows: Windows | None, kernels_used: str
 ) -> None:
