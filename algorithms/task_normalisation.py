@@ -46,6 +46,8 @@ def normalise(
         if each is not None and (each.shape, each.dtype) != (like, rows.dtype):
             given = f"{tuple(each.shape)} in {each.dtype}"
             raise ValueError(f"scale and shift are {given}, not {like} in {rows.dtype}")
+    if windows is not None and rows.shape[1] % (windows.height * windows.width):
+        raise ValueError(f"{rows.shape[1]} rows are no pictures of {windows[0]} x {windows[1]}")
     if not rows.numel():
         return rows
     weight, bias = _contiguous(weight), _contiguous(bias)
