@@ -234,6 +234,7 @@ static int convolve_turned(const Geometry *s, Gemm *gemm, REAL *images, REAL *ke
     REAL *turned = malloc(different * filters * taps * channels * sizeof(REAL));
     if (turned == NULL)
         return 1;
+#pragma omp parallel for num_threads(s->threads) collapse(2)
     for (int64_t task = 0; task < different; task++)
         for (int64_t c = 0; c < channels; c++)
             for (int64_t tap = 0; tap < taps; tap++)
