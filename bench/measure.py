@@ -70,6 +70,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
+        self.give_back()  # what was freed before is no part of that level
         self.base = _status("RssAnon") or psutil.Process().memory_info().rss
 
     def give_back(self) -> None:

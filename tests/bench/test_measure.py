@@ -200,7 +200,6 @@ def test_engines_that_do_the_same_arithmetic_are_counted_alike() -> None:
 
 
 def test_peak_memory_is_what_the_work_took() -> None:
-    measure.Meter().give_back()  # what other tests freed
     meter = measure.Meter()
     meter.start()
     size = 256 * 2**20
@@ -222,7 +221,6 @@ def test_pages_of_files_that_come_and_go_are_not_counted(tmp_path: Path) -> None
     with (tmp_path / "library").open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     read = sum(pages[:: mmap.PAGESIZE])  # there when the meter is made
-    measure.Meter().give_back()
     meter = measure.Meter()
     pages.madvise(mmap.MADV_DONTNEED)  # and dropped
     meter.start()
