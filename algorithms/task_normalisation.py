@@ -153,10 +153,7 @@ class NormaliseBackward(torch.autograd.Function):
         ctx.relu, ctx.windows = relu, windows
         ctx.first = to_standard is None and through is None
         _, sum_h_y, sum_h = found
-        ctx.save_for_backward(
-            *(to_outputs, standard, scale, weight, bias, highest),
-            *(sum_h, sum_h_y),
-        )
+        ctx.save_for_backward(to_outputs, standard, scale, weight, bias, highest, sum_h, sum_h_y)
         ctx.set_materialize_grads(False)
         return found
 
