@@ -147,9 +147,10 @@ class TaskBatchNorm(TaskLayer):
         given, tasks = self.statistics, self.weights.tasks
         rows = unrounded(inputs).movedim(1, -1)
         grouped = rows.reshape(tasks * given.groups, -1, rows.shape[-1])
+        windows = None
         if given.running or given.counted is not None:
             outputs = self._by_given(grouped)
-            outputs, windows = outputs.relu() if relu else outputs, None
+            outputs = outputs.relu() if relu else outputs
         else:
             if given.gather:
                 self._note(grouped.detach())

@@ -35,23 +35,10 @@ typedef void Gemm(const char *, const char *, const int *, const int *, const in
                         const REAL *, const REAL *, const int *, const REAL *, const int *,
                         const REAL *, REAL *, const int *);
 
-/* Copies a few elements, in steps of eight: it may write over what follows them, up to seven, which
- * is written later, and reads no further than `end`. */
-static inline void copy(REAL *to, const REAL *from, int64_t count, const REAL *end) {
-    const int64_t whole = (count + 7) / 8 * 8;
-    if (count > 64 || from + whole > end) {
-        memcpy(to, from, count * sizeof(REAL));
-        return;
-    }
-    for (int64_t k = 0; k < whole; k += 8)
-        memcpy(to + k, from + k, 8 * sizeof(REAL));
-}
-
 /* Patches of the lines of places from `first` to `last`, samples one after another: (lines, columns,
- * kernel_height, kernel_width, channels), and up to seven elements more. */
+ * kernel_height, kernel_width, channels). */
 static void patches(const Geometry *s, int64_t first, int64_t last, const REAL *images, REAL *out) {
     const int64_t line = s->kernel_width * s->channels, size = s->height * s->width * s->channels;
-    const REAL *end = images + s->samples * size;
     for (int64_t l = first; l < last; l++)
         for (int64_t c = 0; c < s->columns; c++)
             for (int64_t i = 0; i < s->kernel_height; i++, out += line) {
@@ -63,7 +50,7 @@ static void patches(const Geometry *s, int64_t first, int64_t last, const REAL *
                 }
                 const REAL *row = images + l / s->rows * size + y * s->width * s->channels;
                 if (s->dilation_x == 1 && x >= 0 && x + s->kernel_width <= s->width) {
-                    copy(out, row + x * s->channels, line, end);
+                    memcpy(out, row + x * s->channels, line * sizeof(REAL));
                     continue;
                 }
                 for (int64_t j = 0; j < s->kernel_width; j++) {
@@ -72,7 +59,7 @@ static void patches(const Geometry *s, int64_t first, int64_t last, const REAL *
                     if (at < 0 || at >= s->width)
                         memset(to, 0, s->channels * sizeof(REAL));
                     else
-                        copy(to, row + at * s->channels, s->channels, end);
+                        memcpy(to, row + at * s->channels, s->channels * sizeof(REAL));
                 }
             }
 }
@@ -121,7 +108,7 @@ static void make_scratch(void) { pthread_key_create(&scratch, free); }
  * it. NULL where there is none. */
 static REAL *scratch_memory(const Geometry *s) {
     const int64_t patch = s->kernel_height * s->kernel_width * s->channels;
-    const int64_t elements = (lines_of_block(s) * s->columns + s->filters) * patch + 8;
+    const int64_t elements = (lines_of_block(s) * s->columns + s->filters) * patch;
     const size_t line = 64, bytes = line + (elements * sizeof(REAL) + line - 1) / line * line;
     pthread_once(&scratch_once, make_scratch);
     size_t *held = pthread_getspecific(scratch);
@@ -169,8 +156,7 @@ static int convolve(int map, const Geometry *s, Gemm *gemm, REAL *images, REAL *
     }
 #pragma omp parallel num_threads(s->threads) reduction(| : failed)
     {
-        REAL *buffer = scratch_memory(s);
-        REAL *transposed = buffer + limit * s->columns * patch + 8;
+        REAL *buffer = scratch_memory(s), *transposed = buffer + limit * s->columns * patch;
         failed = buffer == NULL;
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < s->tasks * parts; item++) {
@@ -304,21 +290,24 @@ typedef struct {
 
 typedef void Pass(const Part *);
 
+/* Rows that no part divides: a picture's, where there are windows. */
+static int64_t unit_of(const Layout *layout) {
+    return layout->window_height ? layout->height * layout->width : 1;
+}
+
 static Part part_of(const Layout *layout, const Tensors *t, int64_t parts, int64_t item, REAL *sums) {
-    const int64_t unit = layout->window_height ? layout->height * layout->width : 1;
-    const int64_t units = layout->rows / unit, group = item / parts, part = item % parts;
+    const int64_t unit = unit_of(layout), units = layout->rows / unit, group = item / parts, part = item % parts;
     return (Part){layout, t, group, units * part / parts * unit, units * (part + 1) / parts * unit,
                   part, parts, sums + group * parts * SUMS * layout->channels};
 }
 
 static int in_two_passes(Pass *first, Pass *second, const Layout *layout, const Tensors *t) {
-    const int64_t unit = layout->window_height ? layout->height * layout->width : 1;
     /* As many whatever the threads, so that these do not matter. */
     int64_t parts = (PARTS + layout->groups - 1) / layout->groups;
     if (parts > layout->rows * layout->channels / CUT)
         parts = layout->rows * layout->channels / CUT;
-    if (parts > layout->rows / unit)
-        parts = layout->rows / unit;
+    if (parts > layout->rows / unit_of(layout))
+        parts = layout->rows / unit_of(layout);
     if (parts < 1)
         parts = 1;
     const int64_t items = layout->groups * parts;
@@ -371,7 +360,7 @@ static int in_two_passes(Pass *first, Pass *second, const Layout *layout, const 
     const int64_t first = part->first, last = part->last;                                          \
     const int64_t height = layout->height, width = layout->width;                                  \
     const int64_t window_height = layout->window_height, window_width = layout->window_width;      \
-    const int64_t pixels = window_height ? height * width : 1;                                     \
+    const int64_t pixels = unit_of(layout);                                                        \
     const int64_t outputs =                                                                        \
         window_height ? (height / window_height) * (width / window_width) : 1;                     \
     const int64_t first_output = first / pixels * outputs, last_output = last / pixels * outputs;  \
@@ -419,7 +408,8 @@ static int in_two_passes(Pass *first, Pass *second, const Layout *layout, const 
     EACH_CHANNEL(name[c] += part->sums[(each * SUMS + k) * channels + low + c])
 
 /* A pass by windows: `before` each, for each channel; `statement` for each element of it; `after`
- * it, where it is `whole`, with the index `o` of its output; and at the end of each line of them. */
+ * it, where it is `whole`; and at the end of each line of them. Before and after, `i` is the index of
+ * the output. */
 #define EACH_WINDOW(before, statement, after, at_the_end)                                          \
     for (int64_t picture = first, window = first_output; picture < last; picture += pixels)        \
         for (int64_t top = 0; top < height; top += window_height) {                                \
